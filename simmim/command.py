@@ -1,0 +1,152 @@
+"""What every command shares: composing its config, and errors of one line. Below it nobody knows Hydra."""
+
+import difflib
+import functools
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger(__name__)
+
+Config = dict[str, Any]
+
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+"""What a user can mend: told in one line. Anything else is a defect of ours and keeps its traceback."""
+
+
+def config_folder() -> Path:
+    """The folder of the configs: inside an installed package, else at the top of the repository."""
+    package = Path(__file__).resolve().parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def compose_config(name: str, overrides: list[str], *, output_dir: Path) -> Config:
+    """The config of a command as plain values, for notebooks and tests that call its function themselves.
+
+    Args:
+        name: Name of the command, as in `python -m simmim.<name>`.
+        overrides: As on the command line: `["model=swinv2_t", "trainer.max_steps=10"]`.
+        output_dir: The run folder.
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return to_plain(compose(name, overrides=[*overrides, f"output_dir={output_dir}"]))
+
+
+def to_plain(config: DictConfig) -> Config:
+    """A composed config as dicts, lists, strings and numbers.
+
+    Raises:
+        ValueError: If a value that must be given is missing.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ValueError(f"{' and '.join(missing)} must be given: {missing[0]}=…")
+    plain: Config = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    return plain
+
+
+def command(function: Callable[[Config], Any]) -> Callable[[], None]:
+    """The entry point of a command, made from the function that takes its config as plain values.
+
+    The config is `conf/<name of the function>.yaml`. A user's error is one line, on the screen and in `run.log`,
+    and exit code 1; `HYDRA_FULL_ERROR=1` shows the traceback. In a multirun every job runs, and a line for each
+    one that failed comes last.
+    """
+    name = function.__name__
+    failures: list[str] = []
+
+    @hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")
+    def run(config: DictConfig) -> None:
+        _quieten_libraries()
+        try:
+            function(to_plain(config))
+        except Exception as error:
+            settings = HydraConfig.get()
+            job = f"job {settings.job.num} ({settings.job.override_dirname}) failed: "
+            failures.append(f"{job if settings.mode == RunMode.MULTIRUN else ''}{_one_line(error)}")
+            log.error(failures[-1], exc_info=not isinstance(error, USER_ERRORS))
+            raise
+
+    @functools.wraps(function)
+    def main() -> None:
+        traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
+        try:
+            run()
+        except Exception as error:
+            if traceback or not (failures or isinstance(error, USER_ERRORS)):
+                raise
+            if not failures:
+                print(explain(error, name), file=sys.stderr)
+            elif len(failures) > 1:
+                print("\n".join(failures), file=sys.stderr)
+            sys.exit(1)
+
+    return main
+
+
+def explain(error: Exception, name: str) -> str:
+    """One line for an error of composition, with the way out: what exists, and what was probably meant."""
+    text = str(error)
+    if unknown := re.match(r"(?s).*Could not find '(.+)/(.+?)'", text):
+        group, choice = unknown.groups()
+        return f"{group}={choice} is unknown: choose one of {', '.join(_choices(group))}"
+    if (override := re.match(r"Could not override '(.+?)'", text)) is None:
+        return _one_line(error)
+    key = override.group(1)
+    if choices := _choices(key):
+        return f"{key}: choose one of {', '.join(choices)}"
+    owners = [f"{owner.parent.name}={owner.stem}" for owner in _owners(key)]
+    if owners:
+        return f"{key} belongs to {' or '.join(owners)}: give that too"
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        known = list(_keys(compose(name)))
+    close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith(f".{key}")]
+    meant = f"did you mean {close[0]}?" if close else "see all keys with --cfg job"
+    return f"{key} is not a key of simmim.{name}: {meant}"
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def _owners(key: str) -> list[Path]:
+    """The files of a config group that hold a key, as `data/folder.yaml` holds `data.root`."""
+    group, _, rest = key.partition(".")
+    files = sorted((config_folder() / group).glob("*.yaml"))
+    return [path for path in files if OmegaConf.select(OmegaConf.load(path), rest, default=_ABSENT) is not _ABSENT]
+
+
+_ABSENT = object()
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, config):
+        value = config._get_node(key)
+        yield f"{prefix}{key}"
+        if isinstance(value, DictConfig):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _quieten_libraries() -> None:
+    """Hides what Lightning says about its own workings; warnings of other kinds stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")

@@ -1,0 +1,1 @@
+"""Where images come from, in which order, and what happens to them."""

@@ -1,0 +1,152 @@
+"""From the bytes of an image file to a uint8 tensor.
+
+The only place that touches `torchvision.io`. PIL reads the header (format, mode, size and EXIF
+orientation, without decoding a pixel), then the faster decoder that gives the same picture is used.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 100_000_000
+HEAD_BYTES = 16  # what `image_format` needs
+
+_MODES = {
+    1: ("L", ImageReadMode.GRAY),
+    3: ("RGB", ImageReadMode.RGB),
+    4: ("RGBA", ImageReadMode.RGB_ALPHA),
+}
+_ORIENTATION = 0x0112
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+)
+
+
+class UnreadableImage(ValueError):
+    """The bytes are not a whole image of a known format.
+
+    The message is a short reason without the file's name, for the caller to put behind the name.
+    """
+
+
+def decode(data: bytes, channels: int) -> Tensor:
+    """Decode an image file, upright.
+
+    The format is told by content. EXIF orientation is applied. Colours become grey as luma (ITU-R 601), grey
+    becomes colour by repetition. Alpha is dropped for 1 and 3 channels, as PIL and torchvision do, not
+    blended with a background; images without alpha are opaque for 4. The full range of 16-bit values
+    becomes 0..255. Of an animation, the first frame is taken.
+
+    Args:
+        data: The whole content of the file.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+
+    Returns:
+        uint8 tensor (channels, H, W). Its memory is laid out as the decoder left it, mostly channels last.
+
+    Raises:
+        UnreadableImage: If the data are empty, no image, truncated, damaged, or larger than `MAX_PIXELS`.
+        ValueError: If `channels` is another number.
+    """
+    if channels not in _MODES:
+        raise ValueError(
+            f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
+        )
+    with warnings.catch_warnings():
+        # PIL warns of every odd tag and of large sizes; what matters becomes an UnreadableImage.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        # torchvision 0.29 deprecates its decoders in favour of torchcodec, a package of its own. Until they
+        # go they are the fastest at hand; then PIL, which reads all the formats already, can stand in.
+        warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
+        try:
+            return _decode(data, channels)
+        except UnreadableImage:
+            raise
+        except Exception as error:  # damaged bytes make decoders raise anything: struct.error, IndexError, …
+            raise UnreadableImage(_reason(data, error)) from error
+
+
+def image_format(head: bytes) -> str | None:
+    """Tell the format (one of `FORMATS`) from a file's first `HEAD_BYTES` bytes; None if it is no image."""
+    for signature, name in _SIGNATURES:
+        if head.startswith(signature):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    # "BM" alone would also match texts; the reserved bytes behind the file size are zero.
+    return "BMP" if head[:2] == b"BM" and head[6:10] == bytes(4) else None
+
+
+def _decode(data: bytes, channels: int) -> Tensor:
+    # A closed list of formats: PIL would also start Ghostscript for an EPS file named .jpg.
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(
+            f"{width}x{height} px, more than the limit of {MAX_PIXELS:,} px: refused as a decompression bomb"
+        )
+    if _torchvision_agrees(image, channels):
+        try:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels: Tensor = decode_image(buffer, mode=_MODES[channels][1])
+            return pixels
+        except RuntimeError:
+            pass  # PIL has the last word: it reads animated WebP, and tells truncated from damaged
+    return _decode_with_pil(image, channels)
+
+
+def _torchvision_agrees(image: Image.Image, channels: int) -> bool:
+    """Whether torchvision decodes this file to the same picture as PIL; it is then the faster one.
+
+    PNG is left to PIL: torchvision's decoder is hardly faster, and a damaged file can end the process with a
+    segmentation fault.
+    """
+    if image.format == "JPEG":  # its grey is the file's luma plane, PIL's is computed again from clipped RGB
+        return channels != 4 and image.mode in ("RGB", "L") and _is_upright(image)
+    if image.format == "WEBP":  # torchvision does not convert WebP to grey
+        return channels != 1 and _is_upright(image)
+    return False
+
+
+def _is_upright(image: Image.Image) -> bool:
+    return bool(image.getexif().get(_ORIENTATION, 1) == 1)
+
+
+def _decode_with_pil(image: Image.Image, channels: int) -> Tensor:
+    if image.mode in ("I", "F"):
+        raise UnreadableImage("32-bit pixels, whose range is not known: convert them to 8 or 16 bit")
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):  # PIL's own conversion to 8 bit clips at 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    pixels = np.array(image.convert(_MODES[channels][0]))  # (H, W) or (H, W, C)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    """A few words for the user: what is wrong with these bytes."""
+    if not data:
+        return "empty file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{str(error).split(',')[0]}: refused as a decompression bomb"
+    name = image_format(data[:HEAD_BYTES])
+    if name is None:
+        return f"not an image (none of {', '.join(FORMATS)})"
+    if "truncated" in str(error).lower():
+        return f"truncated {name}"
+    if isinstance(error, UnidentifiedImageError):
+        return f"damaged {name}, or a kind of it that PIL cannot read"
+    return f"damaged {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

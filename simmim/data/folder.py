@@ -1,0 +1,291 @@
+"""Images below a folder: listing, classes, and a split that stays."""
+
+import contextlib
+import copy
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simmim.data.decoding import HEAD_BYTES, UnreadableImage, decode, image_format
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+_log = logging.getLogger(__name__)
+_LISTING_VERSION = "simmim folder listing 1"
+_CLOCK_TICK_NS = 2_000_000_000  # the coarsest time stamps of directories in use (FAT)
+
+
+class FolderSource:
+    """The images below a folder, at any depth, sorted by path.
+
+    Where every image lies in a sub-folder of `root`, the first-level folders are the classes, sorted by name,
+    or by number where all names are numbers (so that class folders 0 to 999 keep their meaning). Otherwise
+    the images have no labels.
+
+    Attributes:
+        root: The folder.
+        classes: Class names; empty for unlabelled images. A subset keeps all of them.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, channels: int = 3) -> None:
+        """List the folder; no image is decoded.
+
+        Args:
+            root: The folder; `~` is expanded.
+            channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+
+        Raises:
+            ValueError: If the folder does not exist, is no folder or holds no image; for other `channels`.
+        """
+        if channels not in (1, 3, 4):
+            raise ValueError(
+                f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
+            )
+        self.root = Path(root).expanduser()
+        self.channels = channels
+        _require_folder(self.root)
+        self._names = _PackedStrings.pack(list_images(self.root))
+        if not len(self._names):
+            raise ValueError(f"data.root={self.root} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
+        self.classes, self._labels = _classes(self._names)
+        self._indices = np.arange(len(self._names))
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._indices)
+
+    def load(self, index: int) -> tuple[Tensor, int]:
+        """Read and decode one image.
+
+        Returns:
+            uint8 tensor (channels, H, W), and its label: an index into `classes`, or -1 without classes.
+
+        Raises:
+            UnreadableImage: If the file cannot be opened or decoded; the message does not name the file.
+        """
+        try:
+            data = Path(self.name(index)).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(error.strerror or str(error)) from error
+        return decode(data, self.channels), int(self._labels[self._indices[index]])
+
+    def name(self, index: int) -> str:
+        """Path of an image, as shown to a user."""
+        return str(self.root / self.relative_name(index))
+
+    def relative_name(self, index: int) -> str:
+        """Path of an image relative to `root`, with forward slashes on every system."""
+        return self._names[self._indices[index]]
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
+        """The images at these positions, in this order, as a source that shares the listing."""
+        chosen = copy.copy(self)
+        chosen._indices = self._indices[np.asarray(indices, dtype=np.int64)]
+        return chosen
+
+
+def split_by_hash(source: FolderSource, fraction: float) -> tuple[FolderSource, FolderSource]:
+    """Set images aside for validation by a hash of their relative path.
+
+    The same image lands on the same side on every machine and after other images have come or gone (where
+    a side would be empty, the nearest hash changes sides).
+
+    Args:
+        source: At least two images, for both sides to hold one.
+        fraction: Expected share of the second side, between 0 and 1.
+
+    Returns:
+        The sources for training and for validation, each in the order of `source`.
+
+    Raises:
+        ValueError: If `fraction` is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation fraction {fraction}: give a number between 0 and 1, both excluded")
+    position = np.array([_hash_position(source.relative_name(index)) for index in range(len(source))])
+    aside = position < fraction
+    if len(source) > 1:
+        aside[position.argmin()] = True
+        aside[position.argmax()] = False
+    return source.subset(np.flatnonzero(~aside)), source.subset(np.flatnonzero(aside))
+
+
+def list_images(root: Path) -> list[str]:
+    """Relative POSIX paths of the images below `root`, sorted.
+
+    Hidden files and folders are skipped. Each folder is visited once, however many links lead to it, and
+    under its own name rather than a link's. A file counts as an image by its suffix, or by its first bytes if
+    it has another one. The list is kept in the user's cache folder and used again while no visited folder has
+    changed.
+    """
+    cache = _cache_file(root)
+    names = _read_listing(cache, root) if cache else None
+    if names is None:
+        started = time.time_ns()
+        names, folders = _walk(root)
+        # A folder that changed within the clock's last tick may change again under the same time stamp.
+        if cache and max(folders.values()) < started - _CLOCK_TICK_NS:
+            _write_listing(cache, names, folders)
+    return names
+
+
+def _require_folder(root: Path) -> None:
+    if not root.exists():
+        raise ValueError(f"data.root={root} does not exist: give a folder of images")
+    if not root.is_dir():
+        raise ValueError(f"data.root={root} is not a folder: give the folder that holds the images")
+
+
+def _walk(root: Path) -> tuple[list[str], dict[str, int]]:
+    """The sorted images, and each folder's mtime in ns, by path relative to root ("" for root itself).
+
+    Links to folders wait until the real folders are done, so that those keep their own names.
+    """
+    names: list[str] = []
+    folders: dict[str, int] = {}
+    visited: set[tuple[int, int]] = set()
+    real, linked = [""], list[str]()
+    while real or linked:
+        folder = real.pop() if real else linked.pop(0)
+        status = (root / folder).stat()
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[folder] = status.st_mtime_ns  # taken before reading, so that a change meanwhile shows
+        try:
+            entries = _visible_entries(root / folder)
+        except PermissionError as error:  # lost+found at the top of a disk, for one
+            _log.warning("%s cannot be listed, its images are left out: %s", root / folder, error.strerror)
+            folders[folder] = (
+                time.time_ns()
+            )  # not to be cached: a change of permissions leaves the mtime alone
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                (linked if entry.is_symlink() else real).append(name)
+            elif _is_image(entry):
+                names.append(name)
+    return sorted(names), folders
+
+
+def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    dangling = entry.is_symlink() and not os.path.exists(entry.path)
+    if not entry.is_file() and not dangling:  # a pipe would block its reader
+        return False
+    if entry.name.lower().endswith(SUFFIXES):
+        return True  # a broken link too: better reported when it is loaded than silently missing
+    try:
+        with open(entry.path, "rb") as file:
+            return image_format(file.read(HEAD_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def _classes(names: "_PackedStrings") -> tuple[list[str], NDArray[np.int32]]:
+    """Class names and a label for each image; no names and -1 if an image lies directly in the root."""
+    if any("/" not in name for name in names):
+        return [], np.full(len(names), -1, dtype=np.int32)
+    found = {name.partition("/")[0] for name in names}
+    numbered = all(name.isdecimal() for name in found)
+    classes = sorted(found, key=lambda name: (int(name) if numbered else 0, name))
+    label = {name: index for index, name in enumerate(classes)}
+    return classes, np.fromiter((label[name.partition("/")[0]] for name in names), np.int32, len(names))
+
+
+def _hash_position(name: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+class _PackedStrings:
+    """An immutable list of strings in two arrays.
+
+    A Python list of a million strings would be copied into every data-loading process, page by page, as its
+    reference counts are touched.
+    """
+
+    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        self.text = text  # all strings in UTF-8, one behind the other
+        self.ends = ends  # where each one ends, in bytes
+
+    @classmethod
+    def pack(cls, strings: Sequence[str]) -> Self:
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum(lengths))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index > 0 else 0
+        return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+def _cache_file(root: Path) -> Path | None:
+    """Where the listing of this folder is kept, or None on a system without a home folder."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    key = f"{_LISTING_VERSION}\n{os.path.realpath(root)}".encode("utf-8", "surrogateescape")
+    return home / "simmim" / f"folder-{hashlib.sha256(key).hexdigest()[:32]}.npz"
+
+
+def _read_listing(cache: Path, root: Path) -> list[str] | None:
+    """The cached list of images, or None if there is none, it is damaged, or a folder has changed since."""
+    try:
+        with np.load(cache, allow_pickle=False) as arrays:
+            names = _PackedStrings(arrays["names"], arrays["name_ends"])
+            folders = _PackedStrings(arrays["folders"], arrays["folder_ends"])
+            mtimes = arrays["folder_mtimes_ns"]
+        if all((root / name).stat().st_mtime_ns == at for name, at in zip(folders, mtimes, strict=True)):
+            return list(names)
+    except Exception as error:  # a damaged zip raises half a dozen kinds; listing anew is always right
+        _log.debug("no usable listing in %s: %s", cache, error)
+    return None
+
+
+def _write_listing(cache: Path, names: list[str], folders: dict[str, int]) -> None:
+    """Write under a temporary name, then rename; a cache folder that cannot be written is no error."""
+    packed, packed_folders = _PackedStrings.pack(names), _PackedStrings.pack(list(folders))
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=cache.stem, suffix=".tmp")
+    except OSError as error:
+        _log.debug("the listing is not cached: %s", error)
+        return
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(
+                file,
+                names=packed.text,
+                name_ends=packed.ends,
+                folders=packed_folders.text,
+                folder_ends=packed_folders.ends,
+                folder_mtimes_ns=np.array(list(folders.values()), dtype=np.int64),
+            )
+        os.replace(temporary, cache)
+    except OSError as error:
+        _log.debug("the listing is not cached: %s", error)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)

@@ -1,0 +1,186 @@
+"""From an image source to batches: which images, in which order, what happens to them, what is hidden."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from simmim.data.decoding import UnreadableImage
+from simmim.data.folder import FolderSource, split_by_hash
+from simmim.data.sampler import SampleKey, SampleStream
+from simmim.data.synthetic import SyntheticSource
+from simmim.data.transforms import Transform, centre_transform, pretraining_transform
+from simmim.masking import Masking
+from simmim.seeding import generator_from, torch_random_from
+
+MAX_REPLACEMENTS = 100
+"""So many unreadable images in a row are no accident of a large collection any more."""
+
+
+class ImageSource(Protocol):
+    """Where images come from. Adding a source is a file with this, a line in `create_sources` and a config."""
+
+    classes: list[str]
+    """Names of the labels; empty where there are none."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def load(self, index: int) -> tuple[Tensor, int]:
+        """The image as uint8 (C, H, W), and its label or -1. Raises `UnreadableImage`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the image to a person: its path."""
+        ...
+
+
+def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple[ImageSource, ImageSource]:
+    """The training and the validation images.
+
+    Args:
+        config: The `data` section of a config: `source` and `channels`, and what `conf/data/<source>.yaml` lists.
+        image_size: Height and width in pixels of synthetic images.
+
+    Raises:
+        ValueError: If a value is out of range or a folder holds no image.
+    """
+    source, channels = config["source"], config["channels"]
+    if source == "synthetic":
+        train = SyntheticSource(config["train_images"], image_size, channels=channels, seed=0)
+        return train, SyntheticSource(config["val_images"], image_size, channels=channels, seed=1)
+    if source == "folder":
+        images = FolderSource(config["root"], channels=channels)
+        if config["val_root"] is not None:
+            return images, FolderSource(config["val_root"], channels=channels)
+        if not 0 < config["val_fraction"] < 1:
+            raise ValueError(f"data.val_fraction={config['val_fraction']} must lie between 0 and 1, both excluded")
+        return split_by_hash(images, config["val_fraction"])
+    raise ValueError(f"data.source={source} is unknown: choose synthetic or folder")
+
+
+@dataclass(frozen=True)
+class MaskedSamples(Dataset[dict[str, Any]]):
+    """Images with their masks. A sample is a function of (seed, epoch, index) alone.
+
+    An unreadable image is replaced by the next readable one and named in the sample; what to do about it is
+    decided where batches arrive (`simmim.training.callbacks.UnreadableImages`), not in a worker.
+    """
+
+    source: ImageSource
+    transform: Transform
+    masking: Masking
+    seed: int
+
+    def __len__(self) -> int:
+        """Number of images in the source."""
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """Image uint8 (C, H, W), mask bool (h, w), label, and [(name, reason), ...] of unreadable images."""
+        epoch, index = key
+        image, label, unreadable = self._load(index)
+        with torch_random_from(self.seed, "transform", epoch, index):
+            image = self.transform(image)
+        mask = self.masking(generator_from(self.seed, "mask", epoch, index))
+        return {"image": image, "mask": mask, "label": label, "unreadable": unreadable}
+
+    def _load(self, index: int) -> tuple[Tensor, int, list[tuple[str, str]]]:
+        unreadable: list[tuple[str, str]] = []
+        for attempt in range(min(MAX_REPLACEMENTS, len(self.source))):
+            candidate = (index + attempt) % len(self.source)
+            try:
+                return (*self.source.load(candidate), unreadable)
+            except UnreadableImage as error:
+                unreadable.append((self.source.name(candidate), str(error)))
+        name, reason = unreadable[0]
+        raise ValueError(f"{len(unreadable)} images in a row cannot be read, the first being {name}: {reason}")
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks samples to a batch; the lists of unreadable images become one."""
+    unreadable = [entry for sample in samples for entry in sample["unreadable"]]
+    batch: dict[str, Any] = default_collate([{k: v for k, v in s.items() if k != "unreadable"} for s in samples])
+    return {**batch, "unreadable": unreadable}
+
+
+class MaskedImageData(LightningDataModule):
+    """Training and validation batches of uint8 images and masks.
+
+    Args:
+        sources: Training and validation images.
+        masking: Draws the masks.
+        image_size: Height and width in pixels.
+        crop_scale: See `pretraining_transform`.
+        crop_ratio: See `pretraining_transform`.
+        batch_size: Images a device.
+        num_workers: Loader processes a device; None takes the machine's cores, at most 8.
+        num_batches: Training batches of the whole run.
+        seed: Seed of order, transforms and masks.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[ImageSource, ImageSource],
+        *,
+        masking: Masking,
+        image_size: tuple[int, int],
+        crop_scale: Sequence[float],
+        crop_ratio: Sequence[float],
+        batch_size: int,
+        num_workers: int | None,
+        num_batches: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        train, validation = sources
+        transform = pretraining_transform(image_size, crop_scale=crop_scale, crop_ratio=crop_ratio)
+        self.train_samples = MaskedSamples(train, transform, masking, seed)
+        self.val_samples = MaskedSamples(validation, centre_transform(image_size), masking, seed)
+        self.batch_size = batch_size
+        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.num_batches = num_batches
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches from where the run stands: its step is all the state that the data need."""
+        assert self.trainer is not None
+        stream = SampleStream(
+            len(self.train_samples),
+            self.batch_size,
+            num_batches=self.num_batches,
+            start=self.trainer.global_step * self.trainer.accumulate_grad_batches,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return self._loader(self.train_samples, stream)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The same images with the same masks every time."""
+        size = len(self.val_samples)
+        batches = [
+            [(0, i) for i in range(at, min(at + self.batch_size, size))] for at in range(0, size, self.batch_size)
+        ]
+        return self._loader(self.val_samples, batches)
+
+    def _loader(self, samples: MaskedSamples, batches: Any) -> DataLoader[Any]:
+        return DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def fixed_batch(samples: MaskedSamples, count: int) -> dict[str, Any]:
+    """The first samples of a validation set, as one batch: what the pictures of a run show."""
+    return collate([samples[(0, index)] for index in range(min(count, len(samples)))])

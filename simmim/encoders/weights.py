@@ -1,0 +1,402 @@
+"""Encoder weights on disk, and their names in timm and transformers.
+
+A file of ours is a safetensors file whose metadata rebuild the encoder with nothing else in hand. The
+functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike.
+"""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from simmim.encoders import SwinTransformerV2, create_encoder
+
+CHECKPOINT_PREFIX = "network.encoder."
+"""Where a training checkpoint's state dict keeps the encoder."""
+
+SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
+"""Settings of an encoder that its weights' names and shapes depend on."""
+
+BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
+"""What other libraries store, or once stored, though it can be recomputed."""
+
+# Rules of renaming, ours to theirs: {s} stage, {b} block, {l} layer. What follows (.weight, .bias) stays.
+TIMM_NAMES = {
+    "embed.proj": "patch_embed.proj",
+    "embed.norm": "patch_embed.norm",
+    "merges.{s}.reduction": "layers.{s+1}.downsample.reduction",  # theirs opens the next stage
+    "merges.{s}.norm": "layers.{s+1}.downsample.norm",
+    "norm": "norm",
+    "stages.{s}.{b}.attention.qkv": "layers.{s}.blocks.{b}.attn.qkv",
+    "stages.{s}.{b}.attention.q_bias": "layers.{s}.blocks.{b}.attn.q_bias",
+    "stages.{s}.{b}.attention.v_bias": "layers.{s}.blocks.{b}.attn.v_bias",
+    "stages.{s}.{b}.attention.logit_scale": "layers.{s}.blocks.{b}.attn.logit_scale",
+    "stages.{s}.{b}.attention.position_bias.mlp.{l}": "layers.{s}.blocks.{b}.attn.cpb_mlp.{l}",
+    "stages.{s}.{b}.attention.proj": "layers.{s}.blocks.{b}.attn.proj",
+    "stages.{s}.{b}.norm1": "layers.{s}.blocks.{b}.norm1",
+    "stages.{s}.{b}.mlp.0": "layers.{s}.blocks.{b}.mlp.fc1",
+    "stages.{s}.{b}.mlp.2": "layers.{s}.blocks.{b}.mlp.fc2",
+    "stages.{s}.{b}.norm2": "layers.{s}.blocks.{b}.norm2",
+}
+
+TRANSFORMERS_NAMES = {
+    "mask_token": "embeddings.mask_token",
+    "embed.proj": "embeddings.patch_embeddings.projection",
+    "embed.norm": "embeddings.norm",
+    "merges.{s}.reduction": "encoder.layers.{s}.downsample.reduction",  # theirs closes the stage
+    "merges.{s}.norm": "encoder.layers.{s}.downsample.norm",
+    "norm": "layernorm",
+    "stages.{s}.{b}.attention.query": "encoder.layers.{s}.blocks.{b}.attention.self.query",
+    "stages.{s}.{b}.attention.key": "encoder.layers.{s}.blocks.{b}.attention.self.key",
+    "stages.{s}.{b}.attention.value": "encoder.layers.{s}.blocks.{b}.attention.self.value",
+    "stages.{s}.{b}.attention.logit_scale": "encoder.layers.{s}.blocks.{b}.attention.self.logit_scale",
+    "stages.{s}.{b}.attention.position_bias.mlp.{l}": (
+        "encoder.layers.{s}.blocks.{b}.attention.self.continuous_position_bias_mlp.{l}"
+    ),
+    "stages.{s}.{b}.attention.proj": "encoder.layers.{s}.blocks.{b}.attention.output.dense",
+    "stages.{s}.{b}.norm1": "encoder.layers.{s}.blocks.{b}.layernorm_before",
+    "stages.{s}.{b}.mlp.0": "encoder.layers.{s}.blocks.{b}.intermediate.dense",
+    "stages.{s}.{b}.mlp.2": "encoder.layers.{s}.blocks.{b}.output.dense",
+    "stages.{s}.{b}.norm2": "encoder.layers.{s}.blocks.{b}.layernorm_after",
+}
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names an encoder's weights as timm's `SwinTransformerV2` does; it has no mask token, which is left out.
+
+    Raises:
+        ValueError: If a weight has no place there: the extra norms of H and G.
+    """
+    return _rename_ours(
+        {key: value for key, value in state.items() if key != "mask_token"}, TIMM_NAMES, "timm"
+    )
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names timm's weights as our encoder does: all but the mask token. The classifier (`head.`) is left out.
+
+    Raises:
+        ValueError: If a key is neither the encoder's, nor the classifier's, nor a buffer of the geometry. The
+            authors' released files are such a case: their patch mergings close a stage.
+    """
+    return _rename_theirs(state, TIMM_NAMES, heads=("head.",), library="timm")
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names an encoder's weights as transformers' `Swinv2Model` does, made with `use_mask_token=True`.
+
+    Raises:
+        ValueError: If a weight has no place there: the extra norms of H and G.
+    """
+    return _rename_ours(_split_qkv(state), TRANSFORMERS_NAMES, "transformers")
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names the weights of transformers' `Swinv2Model` as our encoder does.
+
+    Models with a head keep the encoder below `swinv2.`: that prefix goes, and so do the heads (`classifier.`,
+    `decoder.`). The mask token is there if theirs has one.
+
+    Raises:
+        ValueError: If a key is neither the encoder's, nor a head's, nor a buffer of the geometry.
+    """
+    state = {key.removeprefix("swinv2."): value for key, value in state.items()}
+    heads = ("classifier.", "decoder.")
+    return _join_qkv(_rename_theirs(state, TRANSFORMERS_NAMES, heads=heads, library="transformers"))
+
+
+def save_encoder(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int]) -> None:
+    """Writes an encoder as safetensors, whole or not at all.
+
+    The metadata hold its configuration, the image size, and the windows of each stage at that size: a later
+    stage of training needs those as `pretrained_window_size`.
+
+    Args:
+        encoder: What to save.
+        path: The file, in a folder that exists.
+        image_size: Height and width in pixels that the encoder was trained at.
+    """
+    metadata = {
+        "format": "simmim",
+        "architecture": "swinv2",
+        "config": json.dumps(encoder.config),
+        "image_size": json.dumps(image_size),
+        "windows": json.dumps(encoder.windows(*image_size)),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {key: value.contiguous() for key, value in encoder.state_dict().items()}, temporary, metadata
+        )
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)  # the new name too must survive a power cut
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_encoder(path: Path) -> SwinTransformerV2:
+    """Rebuilds an encoder from a file alone, on the CPU and in training mode like any new module.
+
+    Args:
+        path: What `read_encoder_weights` reads.
+
+    Raises:
+        ValueError: If there are no weights of ours, or they contradict their own configuration.
+    """
+    file = find_encoder_file(path)
+    weights, metadata = read_encoder_weights(file)
+    with torch.device("meta"):  # the initial values are never computed
+        encoder = SwinTransformerV2(**metadata["config"])
+    _check_fit(encoder, weights, metadata, file)
+    encoder.to_empty(device="cpu").load_state_dict(weights)
+    return encoder
+
+
+def load_encoder_weights(encoder: SwinTransformerV2, path: Path) -> str:
+    """Loads weights into an encoder that exists, which keeps its own windows, stochastic depth and attention.
+
+    Args:
+        encoder: What to load into.
+        path: What `read_encoder_weights` reads.
+
+    Returns:
+        One sentence for the log: what was loaded, from where, and how it was trained.
+
+    Raises:
+        ValueError: If there are no weights of ours, or a name or shape differs.
+    """
+    file = find_encoder_file(path)
+    weights, metadata = read_encoder_weights(file)
+    _check_fit(encoder, weights, metadata, file)
+    encoder.load_state_dict(weights)
+    parameters = sum(weight.numel() for weight in weights.values()) / 1e6
+    report = f"Loaded all {len(weights)} tensors of the encoder ({parameters:.1f} M parameters) from {file}"
+    if metadata["image_size"] is None:
+        return f"{report}, trained at an unknown image size."
+    windows = ", ".join(f"{height}x{width}" for height, width in metadata["windows"])
+    return f"{report}, trained at {_by(metadata['image_size'])} px with windows of {windows} tokens."
+
+
+def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads the weights of an encoder and what is known of it, without running any code of the file.
+
+    Args:
+        path: A run folder, a training checkpoint (*.ckpt) or an encoder file of ours (*.safetensors).
+
+    Returns:
+        The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
+        `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
+        each, both None where unknown.
+
+    Raises:
+        ValueError: If nothing of ours is there, or it is damaged.
+    """
+    file = find_encoder_file(path)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
+
+
+def find_encoder_file(path: Path) -> Path:
+    """The file to read: of a run folder its encoder.safetensors, else the checkpoint of the highest step.
+
+    Raises:
+        ValueError: If there is none, or the file is of another kind.
+    """
+    if path.is_dir():
+        return _find_in_run(path)
+    if not path.exists():
+        raise ValueError(
+            f"encoder={path} does not exist: give a run folder, a *.ckpt or a *.safetensors file"
+        )
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise ValueError(
+            f"encoder={path} has an unknown ending: give a run folder, a *.ckpt or a *.safetensors file"
+        )
+    return path
+
+
+def _find_in_run(folder: Path) -> Path:
+    if (folder / "encoder.safetensors").is_file():
+        return folder / "encoder.safetensors"
+    steps = {
+        int(found[1]): file
+        for file in folder.glob("checkpoints/step_*.ckpt")
+        if file.is_file() and (found := re.fullmatch(r"step_(\d+)", file.stem))
+    }
+    if not steps:
+        raise ValueError(
+            f"encoder={folder} is no run folder with weights: it holds neither encoder.safetensors nor "
+            "a file checkpoints/step_*.ckpt"
+        )
+    return steps[max(steps)]
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            metadata = reader.metadata() or {}
+            weights = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"encoder={file} cannot be read, perhaps it was cut short: {_first_line(error)}"
+        ) from error
+    if metadata.get("format") != "simmim":
+        raise ValueError(
+            f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration"
+        )
+    values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
+    return weights, {"architecture": metadata["architecture"], **values}
+
+
+def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(
+            f"encoder={file} cannot be read: it was cut short, or holds more than tensors and plain values "
+            f"({_first_line(error)})"
+        ) from error
+    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    weights = {
+        key.removeprefix(CHECKPOINT_PREFIX): value
+        for key, value in state.items()
+        if key.startswith(CHECKPOINT_PREFIX)
+    }
+    if not weights or "model" not in checkpoint.get("hyper_parameters", {}):
+        raise ValueError(
+            f"encoder={file} is no checkpoint of simmim: it lacks weights named {CHECKPOINT_PREFIX}* or the "
+            "hyper-parameter model"
+        )
+    settings = checkpoint["hyper_parameters"]
+    with torch.device("meta"):
+        encoder = create_encoder(**settings["model"])
+    size = settings.get("image_size")
+    windows = None if size is None else [list(window) for window in encoder.windows(*size)]
+    return weights, {
+        "architecture": "swinv2",
+        "config": encoder.config,
+        "image_size": None if size is None else list(size),
+        "windows": windows,
+    }
+
+
+def _check_fit(
+    encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path
+) -> None:
+    model = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    held = {key: tuple(value.shape) for key, value in weights.items()}
+    wrong = [key for key in model | held if model.get(key) != held.get(key)]
+    if not wrong:
+        return
+    theirs, ours = metadata["config"], encoder.config
+    sizes = [f"{key}={theirs[key]} (model: {ours[key]})" for key in SIZE_KEYS if theirs[key] != ours[key]]
+    first = [f"{key} {held.get(key, 'missing')} (model: {model.get(key, 'none')})" for key in wrong[:2]]
+    raise ValueError(
+        f"encoder={file} does not fit the model: it holds {', '.join(sizes) or 'the same size'}; "
+        f"{len(wrong)} tensors differ in name or shape, the first {', '.join(first)}: choose the model that "
+        "it was trained as"
+    )
+
+
+def _rename_ours(state: Mapping[str, Tensor], names: dict[str, str], library: str) -> dict[str, Tensor]:
+    complaint = (
+        f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
+    )
+    return _rename(state, list(names.items()), complaint)
+
+
+def _rename_theirs(
+    state: Mapping[str, Tensor], names: dict[str, str], *, heads: tuple[str, ...], library: str
+) -> dict[str, Tensor]:
+    needed = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(heads) and key.rpartition(".")[2] not in BUFFERS
+    }
+    rules = [(theirs, ours) for ours, theirs in names.items()]
+    return _rename(
+        needed, rules, f"these are not the weights of a Swin V2 encoder of {library}: unknown keys"
+    )
+
+
+def _rename(state: Mapping[str, Tensor], rules: list[tuple[str, str]], complaint: str) -> dict[str, Tensor]:
+    names = {key: next(filter(None, (_translate(key, *rule) for rule in rules)), None) for key in state}
+    unknown = [key for key, name in names.items() if name is None]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(f"{complaint}: {', '.join(unknown[:3])}{more}")
+    return {name: state[key] for key, name in names.items() if name is not None}
+
+
+def _translate(key: str, source: str, target: str) -> str | None:
+    """The key in the form of target if it has the form of source; {s+1} is one more than {s}."""
+    found = _pattern(source).fullmatch(key)
+    if found is None:
+        return None
+    numbers = {
+        slot: int(found[slot]) - int(f"{{{slot}+1}}" in source) for slot in "sbl" if f"{{{slot}" in source
+    }
+    if min(numbers.values(), default=0) < 0:
+        return None
+    for slot, number in numbers.items():
+        target = target.replace(f"{{{slot}}}", str(number)).replace(f"{{{slot}+1}}", str(number + 1))
+    return target + (found["leaf"] or "")
+
+
+@lru_cache(maxsize=128)
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = template.replace(".", r"\.")
+    return re.compile(re.sub(r"\{(\w)(\+1)?\}", r"(?P<\1>\\d+)", escaped) + r"(?P<leaf>\.weight|\.bias)?")
+
+
+def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    split = {}
+    for key, value in state.items():
+        stem, _, leaf = key.rpartition("attention.")
+        if leaf == "qkv.weight":
+            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                split[f"{stem}attention.{name}.weight"] = part
+        elif leaf in ("q_bias", "v_bias"):
+            split[f"{stem}attention.{'query' if leaf == 'q_bias' else 'value'}.bias"] = value
+        else:
+            split[key] = value.view(1, 1, -1) if key == "mask_token" else value
+    return split
+
+
+def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    joined = {}
+    for key, value in state.items():
+        stem, _, leaf = key.rpartition("attention.")
+        if leaf == "query.weight":
+            parts = [state[f"{stem}attention.{name}.weight"] for name in ("query", "key", "value")]
+            joined[f"{stem}attention.qkv.weight"] = torch.cat(parts)
+        elif leaf in ("query.bias", "value.bias"):
+            joined[f"{stem}attention.{leaf[0]}_bias"] = value
+        elif leaf not in ("key.weight", "value.weight"):
+            joined[key] = value.flatten() if key == "mask_token" else value
+    return joined
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _by(size: Iterable[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,76 @@
+"""What a person sees of a model: original, masked, reconstruction, and both together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from simmim.masking import expand_mask
+
+GREY = 0.5
+"""Colour of a hidden cell in a picture."""
+
+PANELS = ("original", "masked", "reconstruction", "with visible part")
+
+
+def four_panels(original: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
+    """The four panels of a batch.
+
+    Args:
+        original: (B, C, H, W) between 0 and 1.
+        reconstruction: Alike, predicted everywhere.
+        mask: Boolean (B, h, w) cells, True is hidden.
+
+    Returns:
+        (B, 4, C, H, W): original, original with grey cells, reconstruction, and the reconstruction of the hidden
+        cells pasted into the original.
+    """
+    hidden = expand_mask(mask, *original.shape[-2:])[:, None]  # (B, 1, H, W)
+    masked = original.masked_fill(hidden, GREY)
+    pasted = torch.where(hidden, reconstruction, original)
+    return torch.stack([original, masked, reconstruction, pasted], dim=1)
+
+
+def draw_panels(panels: Tensor, path: Path, *, titles: Sequence[str] = PANELS, caption: str = "") -> None:
+    """Writes a PNG of rows of images, one row a sample, one column a panel.
+
+    Args:
+        panels: (rows, columns, C, H, W) between 0 and 1. One channel is drawn grey; of more than three, the first
+            three are drawn.
+        path: File to write; its folder is made.
+        titles: One a column.
+        caption: A line below.
+    """
+    rows, columns, _, height, width = panels.shape
+    side = 1.9  # inches of a panel's width
+    row_height = side * height / width
+    figure = Figure(figsize=(columns * side, rows * row_height + 0.55), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, images in enumerate(panels):
+        for column, image in enumerate(images):
+            axis = axes[row, column]
+            axis.imshow(_for_display(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(titles[column], fontsize=9)
+    if caption:
+        figure.supxlabel(caption, fontsize=7, color="0.35")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=max(110, min(300, width / side)))
+
+
+def reconstruction_caption(*, ratio: float, patch_size: int, normalized_target: bool, step: int | None = None) -> str:
+    """What must be said below a picture of reconstructions."""
+    at = "" if step is None else f"step {step}: "
+    caption = f"{at}{ratio:.0%} of the {patch_size}-px cells hidden"
+    if normalized_target:
+        caption += "; the normalised target is undone with the true image's local mean and deviation"
+    return caption
+
+
+def _for_display(image: Tensor) -> Tensor:
+    image = image.detach().float().cpu().clamp(0, 1)
+    image = image[:3] if image.shape[0] >= 3 else image[:1]
+    return image.permute(1, 2, 0).squeeze(-1)

@@ -1,0 +1,275 @@
+"""`python -m simmim.pretrain`: pretrains a Swin Transformer V2 on images without labels.
+
+With no argument: a small one on synthetic images, in about a minute on two CPU cores. `conf/pretrain.yaml` lists
+all keys.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import OmegaConf
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from simmim.command import Config, command
+from simmim.data.module import MaskedImageData, create_sources, fixed_batch
+from simmim.encoders.weights import load_encoder_weights, save_encoder
+from simmim.masking import Masking
+from simmim.tasks.pretraining import Pretraining
+from simmim.training.callbacks import Progress, Reconstructions, UnreadableImages
+from simmim.training.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint
+from simmim.training.metrics import MetricsFile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, in optimizer steps."""
+
+    images_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    max_epochs: float
+
+    @property
+    def steps_between_validations(self) -> int:
+        """An epoch, or the whole of a shorter run."""
+        return min(self.steps_per_epoch, self.total_steps)
+
+    def steps(self, epochs: float) -> int:
+        """Epochs of the schedule in steps: a run cut or stretched by `trainer.max_steps` keeps its shape."""
+        return round(epochs * self.total_steps / self.max_epochs)
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Runs SimMIM pretraining and leaves a run folder.
+
+    Args:
+        config: The composed `conf/pretrain.yaml`.
+
+    Returns:
+        Final step, validation loss, the trivial predictor's, and their ratio.
+
+    Raises:
+        ValueError: If the config contradicts itself or the data cannot be used.
+    """
+    output_dir = Path(config["output_dir"])
+    checkpoint = find_checkpoint(config["resume"], output_dir)
+    task, data, length = build(config)
+    if config["encoder"] is not None and checkpoint is None:
+        log.info(load_encoder_weights(task.network.encoder, Path(config["encoder"])))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config), output_dir / "config.yaml")
+
+    trainer = create_trainer(config, data, length, resumed_step=_step_of(checkpoint))
+    log.info(f"run folder {_shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
+    with logging_redirect_tqdm():
+        trainer.fit(task, data, ckpt_path=checkpoint)
+    if length.total_steps % length.steps_between_validations or "val_loss" not in trainer.callback_metrics:
+        trainer.validate(task, data, verbose=False)
+    encoder_path = output_dir / "encoder.safetensors"
+    save_encoder(task.network.encoder, encoder_path, image_size=_image_size(config))
+    return _summarise(output_dir, trainer)
+
+
+def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
+    """The task, the data and the length of a run, all settings checked."""
+    torch.set_flush_denormal(True)  # the -100 of the shifted windows makes denormals, which a CPU is slow with
+    lightning.seed_everything(config["seed"], verbose=False)
+    data_config, image_size = config["data"], _image_size(config)
+    masking = Masking(image_size, model_patch_size=config["model"]["patch_size"], **config["masking"])
+    sources = create_sources(data_config, image_size)
+    length = run_length(config, len(sources[0]))
+    data = MaskedImageData(
+        sources,
+        masking=masking,
+        image_size=image_size,
+        num_batches=length.total_steps * config["trainer"]["accumulate_grad_batches"],
+        seed=config["seed"],
+        **{key: data_config[key] for key in ("crop_scale", "crop_ratio", "batch_size", "num_workers")},
+    )
+    optimizer = dict(config["optimizer"])
+    lr = optimizer.pop("base_lr") * length.images_per_step / 512
+    optimizer.pop("clip_grad_norm")  # the trainer's
+    schedule = config["schedule"]
+    warmup = schedule["warmup_steps"]
+    task = Pretraining(
+        model={**config["model"], "in_channels": data_config["channels"]},
+        objective=config["objective"],
+        optimizer={"lr": lr, **optimizer},
+        schedule={
+            "name": schedule["name"],
+            "warmup_steps": length.steps(schedule["warmup_epochs"]) if warmup is None else warmup,
+            "total_steps": length.total_steps,
+            "final_ratio": schedule["final_ratio"],
+            "milestones": [length.steps(epoch) for epoch in schedule["milestone_epochs"]],
+        },
+        masking=config["masking"],
+        image_size=list(image_size),
+        mean=_per_channel(data_config, "mean"),
+        std=_per_channel(data_config, "std"),
+        seed=config["seed"],
+    )
+    task.network.encoder.check_image_size(*image_size)
+    _describe(config, task, data, length)
+    return task, data, length
+
+
+def run_length(config: Config, images: int) -> Length:
+    """Counts a run over so many training images in optimizer steps.
+
+    Raises:
+        ValueError: If a count is not positive, or several devices are asked for.
+    """
+    trainer = config["trainer"]
+    counts = {
+        "data.batch_size": config["data"]["batch_size"],
+        "trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"],
+        "trainer.max_epochs": trainer["max_epochs"],
+        "trainer.max_steps": 1 if trainer["max_steps"] is None else trainer["max_steps"],
+    }
+    for key, value in counts.items():
+        if not value > 0:
+            raise ValueError(f"{key}={value} must be positive")
+    if trainer["devices"] != 1:
+        raise ValueError(f"trainer.devices={trainer['devices']}: only one device is supported so far, give 1")
+    images_per_step = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
+    steps_per_epoch = max(1, round(images / images_per_step))
+    total_steps = trainer["max_steps"] or round(trainer["max_epochs"] * steps_per_epoch)
+    return Length(images_per_step, steps_per_epoch, max(1, total_steps), trainer["max_epochs"])
+
+
+def create_trainer(config: Config, data: MaskedImageData, length: Length, *, resumed_step: int) -> Trainer:
+    """Lightning's trainer with everything that a run writes.
+
+    The run is one long epoch of Lightning's, and validation comes every so many batches: then the step alone says
+    where a run stands.
+    """
+    settings, output_dir = config["trainer"], Path(config["output_dir"])
+    accumulate = settings["accumulate_grad_batches"]
+    return Trainer(
+        accelerator=settings["accelerator"],
+        devices=settings["devices"],
+        precision=_precision(settings["precision"]),
+        max_steps=length.total_steps,
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=config["optimizer"]["clip_grad_norm"],
+        val_check_interval=length.steps_between_validations * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config["log_every_n_steps"],
+        logger=_loggers(config, resumed_step),
+        callbacks=[
+            UnreadableImages(
+                output_dir / "bad_images.txt",
+                on_error=config["data"]["on_error"],
+                max_fraction=config["data"]["max_bad_fraction"],
+            ),
+            Progress(steps_per_epoch=length.steps_per_epoch, images_per_step=length.images_per_step),
+            Reconstructions(
+                output_dir / "reconstructions",
+                fixed_batch(data.val_samples, config["pictures"]),
+                steps_per_epoch=length.steps_per_epoch,
+            ),
+            Checkpoints(output_dir / "checkpoints", **config["checkpoint"]),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=output_dir,
+    )
+
+
+def _loggers(config: Config, resumed_step: int) -> list[Logger]:
+    output_dir = Path(config["output_dir"])
+    loggers: list[Logger] = [MetricsFile(output_dir / "metrics.csv", until_step=resumed_step)]
+    if config["logger"]["name"] == "wandb":
+        logger = config["logger"]
+        offline = logger["mode"] == "offline"
+        wandb = WandbLogger(name=config["name"], project=logger["project"], save_dir=output_dir, offline=offline)
+        wandb.log_hyperparams(config)
+        loggers.append(wandb)
+    return loggers
+
+
+def _precision(precision: str) -> Any:
+    if precision == "auto":
+        return "bf16-mixed" if torch.cuda.is_available() else "32-true"
+    if precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(
+            f"trainer.precision={precision} is unknown: choose auto, 32-true or bf16-mixed (fp16 overflows)"
+        )
+    return precision
+
+
+def _image_size(config: Config) -> tuple[int, int]:
+    size = config["data"]["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _per_channel(data: Config, key: str) -> list[float]:
+    values: list[float] = data[key]
+    channels: int = data["channels"]
+    if len(values) not in (1, channels):
+        raise ValueError(
+            f"data.{key}={values} has {len(values)} values for data.channels={channels}: give one, or one a channel"
+        )
+    return values * (channels // len(values))
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step_"))
+
+
+def _describe(config: Config, task: Pretraining, data: MaskedImageData, length: Length) -> None:
+    parameters = sum(parameter.numel() for parameter in task.network.encoder.parameters())
+    hidden = data.train_samples.masking
+    log.info(f"encoder    {config['model']['name']}, {parameters / 1e6:.1f} M parameters")
+    log.info(f"data       {len(data.train_samples)} images to train on, {len(data.val_samples)} to validate on")
+    log.info(
+        f"masking    {hidden.ratio:.0%} of {hidden.grid[0]}x{hidden.grid[1]} cells of {hidden.patch_size} px, "
+        f"{hidden.strategy}"
+    )
+    log.info(
+        f"length     {length.total_steps} steps of {length.images_per_step} images, {length.steps_per_epoch} an epoch"
+    )
+    log.info(
+        f"lr         {config['optimizer']['base_lr']:g} base x {length.images_per_step} images a step / 512 = "
+        f"{task.optimizer['lr']:.3g} after {task.schedule['warmup_steps']} steps of warm-up"
+    )
+
+
+def _summarise(output_dir: Path, trainer: Trainer) -> dict[str, Any]:
+    metrics = trainer.callback_metrics
+    loss, trivial = float(metrics["val_loss"]), float(metrics["val_loss_visible_mean"])
+    log.info(
+        f"validation loss {loss:.4f}: {loss / trivial:.2f} of the {trivial:.4f} that the mean colour of the visible "
+        "pixels gets (1.00 has learnt nothing, lower is better)"
+    )
+    folder = _shown(output_dir)
+    if pictures := sorted((output_dir / "reconstructions").glob("*.png")):
+        log.info(f"picture    {_shown(pictures[-1])}")
+    log.info(f"done: {folder}; next: python -m simmim.reconstruct encoder={folder} images=<file or folder>")
+    return {
+        "step": trainer.global_step,
+        "val_loss": loss,
+        "val_loss_visible_mean": trivial,
+        "ratio": loss / trivial,
+    }
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    command(pretrain)()

@@ -1,0 +1,107 @@
+"""`python -m simmim.reconstruct`: shows what a pretrained model makes of the hidden parts of any images."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmim.command import Config, command
+from simmim.data.decoding import UnreadableImage, decode
+from simmim.data.folder import list_images
+from simmim.data.transforms import centre_transform
+from simmim.masking import Masking, average_distance
+from simmim.pictures import draw_panels, reconstruction_caption
+from simmim.seeding import generator_from
+from simmim.tasks.pretraining import Pretraining
+from simmim.training.checkpoint import find_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def reconstruct(config: Config) -> Path:
+    """Draws original, masked, reconstruction and both pasted for each image.
+
+    Args:
+        config: The composed `conf/reconstruct.yaml`.
+
+    Returns:
+        The PNG.
+
+    Raises:
+        ValueError: If the checkpoint has no prediction head, or no image can be read.
+    """
+    task = load_pretraining(Path(config["encoder"]))
+    masking = masking_of(task, **config["masking"])
+    images = load_images(Path(config["images"]), task, config["count"])
+    masks = torch.stack([masking(generator_from(config["seed"], "mask", index)) for index in range(len(images))])
+    path = Path(config["output_dir"]) / "reconstruction.png"
+    draw_panels(task.panels(images, masks), path, caption=caption(task, masking))
+    distance = sum(average_distance(mask, masking.patch_size) for mask in masks) / len(masks)
+    log.info(f"{len(images)} images, AvgDist of the masks {distance:.1f} px")
+    log.info(f"picture    {path}")
+    return path
+
+
+def load_pretraining(path: Path) -> Pretraining:
+    """The pretraining task of a run folder (its newest checkpoint) or a checkpoint, ready to predict.
+
+    Raises:
+        ValueError: If there is no checkpoint of a pretraining run.
+    """
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"encoder={path} holds an encoder without its prediction head: give the run folder or a *.ckpt"
+        )
+    checkpoint = find_checkpoint(str(path), path)
+    assert checkpoint is not None
+    return Pretraining.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+
+
+def masking_of(task: Pretraining, **changes: Any) -> Masking:
+    """The masking that a model was pretrained with, changed where a value is given.
+
+    Args:
+        task: The pretraining task.
+        **changes: `strategy`, `patch_size` in pixels, `ratio`; None keeps the model's own.
+    """
+    settings = {**task.hparams["masking"], **{k: v for k, v in changes.items() if v is not None}}
+    height, width = task.hparams["image_size"]
+    return Masking((height, width), model_patch_size=task.hparams["model"]["patch_size"], **settings)
+
+
+def load_images(path: Path, task: Pretraining, count: int) -> Tensor:
+    """The first readable images of a file or folder, cropped to the model's size: uint8 (B, C, H, W).
+
+    Raises:
+        ValueError: If none can be read.
+    """
+    if not path.exists():
+        raise ValueError(f"images={path} does not exist: give a file or a folder of images")
+    height, width = task.hparams["image_size"]
+    crop = centre_transform((height, width))
+    images: list[Tensor] = []
+    for file in [path] if path.is_file() else (path / name for name in list_images(path)):
+        try:
+            images.append(crop(decode(file.read_bytes(), task.network.in_channels)))
+        except UnreadableImage as error:
+            log.warning(f"{file} cannot be read ({error})")
+        if len(images) == count:
+            break
+    if not images:
+        raise ValueError(f"images={path} holds no image that can be read")
+    return torch.stack(images)
+
+
+def caption(task: Pretraining, masking: Masking) -> str:
+    """What must be said below a picture of this model and masking."""
+    return reconstruction_caption(
+        ratio=masking.ratio,
+        patch_size=masking.patch_size,
+        normalized_target=task.network.target_window is not None,
+    )
+
+
+if __name__ == "__main__":
+    command(reconstruct)()

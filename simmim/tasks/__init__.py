@@ -1,0 +1,1 @@
+"""What is learnt: LightningModules, a page each."""

@@ -1,0 +1,229 @@
+"""SimMIM: predict the pixels of hidden cells (Xie et al., CVPR 2022, arXiv 2111.09886).
+
+Shape letters: B images; c image channels; H, W height and width in pixels; s stride of the encoder; h = H/s and
+w = W/s its feature map; C its channels; K tokens that the loss reads; r = s / downsampling, side in predicted
+pixels of the square that one token predicts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.masking import expand_mask
+from simmim.pictures import four_panels
+from simmim.seeding import derive_seed
+from simmim.targets import denormalize_locally, normalize_locally
+from simmim.training.optimizer import create_optimizer
+from simmim.training.schedule import create_schedule
+
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+class MaskedImageModel(nn.Module):
+    """Encoder, prediction head and loss as one network, whose `forward` returns the loss.
+
+    Args:
+        encoder: What sees the visible cells.
+        head: "linear" or "mlp" (two layers).
+        loss: "l1", "l2" or "smooth_l1" (section 3.4 and table 5).
+        predict: "hidden" pixels only, or "all" of them: reconstruction instead of prediction (section 4.1.5).
+        target: "raw" or "normalized" pixels, see `simmim.targets`.
+        target_window: Side in pixels of the window of the normalised target.
+        target_downsampling: Image pixels, a side, that one predicted pixel stands for (table 4).
+
+    Raises:
+        ValueError: If an option is unknown or the numbers contradict each other.
+    """
+
+    def __init__(
+        self,
+        encoder: SwinTransformerV2,
+        *,
+        head: str,
+        loss: str,
+        predict: str,
+        target: str,
+        target_window: int,
+        target_downsampling: int,
+    ) -> None:
+        super().__init__()
+        _choose("objective.head", head, ["linear", "mlp"])
+        _choose("objective.loss", loss, list(LOSSES))
+        _choose("objective.predict", predict, ["hidden", "all"])
+        _choose("objective.target", target, ["raw", "normalized"])
+        if target_downsampling < 1 or encoder.stride % target_downsampling:
+            raise ValueError(
+                f"objective.target_downsampling={target_downsampling} must divide the encoder's stride of "
+                f"{encoder.stride} px"
+            )
+        if target_window < 3 or target_window % 2 == 0:
+            raise ValueError(f"objective.target_window={target_window} must be odd and at least 3 px: the paper has 47")
+        self.encoder = encoder
+        self.loss = loss
+        self.predict = predict
+        self.target_window = target_window if target == "normalized" else None
+        self.downsampling = target_downsampling
+        self.side = encoder.stride // target_downsampling
+        self.in_channels = encoder.config["in_channels"]
+        width, outputs = encoder.channels[-1], self.in_channels * self.side**2
+        self.head = (
+            nn.Linear(width, outputs)
+            if head == "linear"
+            else nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs))
+        )
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss: mean error of the predicted pixels that the objective counts.
+
+        Args:
+            images: (B, c, H, W), normalised.
+            mask: Boolean (B, rows, columns) cells over the image, True is hidden.
+
+        Returns:
+            A scalar.
+        """
+        features = self.encoder(images, mask)  # (B, h, w, C)
+        target = self.to_tokens(self.target(images))  # (B, h, w, c, r * r)
+        counted = self.to_tokens(self.counted_pixels(mask, images))  # (B, h, w, 1, r * r)
+        needed = counted.any(dim=-1).squeeze(-1)  # (B, h, w): the head runs on the tokens that the loss reads
+        predicted = self.head(features[needed])  # (K, c * r * r)
+        predicted = predicted.view(-1, self.in_channels, self.side**2)
+        return self.mean_error(predicted, target[needed], counted[needed])
+
+    def mean_error(self, predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        """sum(error * counted) / (sum(counted) + 1e-5) / channels, in fp32."""
+        error = LOSSES[self.loss](predicted.float(), target, reduction="none")
+        loss: Tensor = (error * counted).sum() / (counted.sum() + 1e-5) / self.in_channels
+        return loss
+
+    def target(self, images: Tensor) -> Tensor:
+        """What is predicted: (B, c, H/downsampling, W/downsampling)."""
+        if self.target_window is not None:
+            images = normalize_locally(images, self.target_window)
+        return F.avg_pool2d(images, self.downsampling) if self.downsampling > 1 else images
+
+    def counted_pixels(self, mask: Tensor, images: Tensor) -> Tensor:
+        """Which predicted pixels the loss counts: boolean (B, 1, H/downsampling, W/downsampling)."""
+        height, width = (size // self.downsampling for size in images.shape[-2:])
+        counted = expand_mask(mask, height, width)[:, None]
+        return counted if self.predict == "hidden" else torch.ones_like(counted)
+
+    def to_tokens(self, maps: Tensor) -> Tensor:
+        """Gathers the square of pixels of each token: (B, c, h * r, w * r) -> (B, h, w, c, r * r)."""
+        batch, channels, height, width = maps.shape
+        r = self.side
+        maps = maps.reshape(batch, channels, height // r, r, width // r, r)
+        return maps.permute(0, 2, 4, 1, 3, 5).flatten(4)
+
+    def visible_mean_loss(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss of the trivial predictor: for each image, the mean colour of its visible pixels."""
+        target = self.target(images)
+        visible = ~expand_mask(mask, *target.shape[-2:])[:, None]  # (B, 1, H, W)
+        colour = (target * visible).sum(dim=(2, 3), keepdim=True) / visible.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        return self.mean_error(colour.expand_as(target), target, self.counted_pixels(mask, images))
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The whole predicted image, in the space of the images: (B, c, H, W).
+
+        A normalised target is undone with the statistics of the true images (see `denormalize_locally`).
+        """
+        predicted = self.head(self.encoder(images, mask)).float()  # (B, h, w, c * r * r)
+        predicted = F.pixel_shuffle(predicted.permute(0, 3, 1, 2), self.side)  # (B, c, h * r, w * r)
+        if self.downsampling > 1:
+            predicted = F.interpolate(predicted, images.shape[-2:], mode="nearest")
+        if self.target_window is not None:
+            predicted = denormalize_locally(predicted, images, self.target_window)
+        return predicted
+
+
+class Pretraining(LightningModule):
+    """Trains a `MaskedImageModel` on batches of uint8 images and their masks.
+
+    All arguments are plain numbers, strings, lists and dicts: a checkpoint rebuilds the task from itself.
+
+    Args:
+        model: Arguments of `create_encoder`.
+        objective: Arguments of `MaskedImageModel`.
+        optimizer: Arguments of `create_optimizer`.
+        schedule: Arguments of `create_schedule`.
+        masking: Arguments of `Masking` that the run used, kept for those who open the checkpoint.
+        image_size: Height and width in pixels, likewise.
+        mean: Mean of each image channel, in units of 0 to 1.
+        std: Standard deviation of each image channel.
+        seed: Seeds the stochastic depth of every step.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: dict[str, Any],
+        objective: dict[str, Any],
+        optimizer: dict[str, Any],
+        schedule: dict[str, Any],
+        masking: dict[str, Any],
+        image_size: list[int],
+        mean: list[float],
+        std: list[float],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = MaskedImageModel(create_encoder(**model), **objective)
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.mean, self.std = mean, std
+        self.seed = seed
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """The loss of one batch."""
+        # Stochastic depth draws from the global generator: seeded a step, so that a resumed run draws the same.
+        torch.manual_seed(derive_seed(self.seed, "step", batch_index, self.global_rank))
+        loss: Tensor = self.network(self.normalize(batch["image"]), batch["mask"])
+        self.log("train_loss", loss)
+        self.log("step", float(self.global_step + 1))  # the x axis of all loggers: optimizer steps done
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """The loss and the trivial predictor's, weighted so that the batch size does not matter."""
+        images, mask = self.normalize(batch["image"]), batch["mask"]
+        pixels = int(self.network.counted_pixels(mask, images).sum())
+        self.log("val_loss", self.network(images, mask), batch_size=pixels, sync_dist=True)
+        trivial = self.network.visible_mean_loss(images, mask)
+        self.log("val_loss_visible_mean", trivial, batch_size=pixels, sync_dist=True)
+        self.log("step", float(self.global_step), sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW and its schedule, in optimizer steps."""
+        optimizer: Optimizer = create_optimizer(self.network, **self.optimizer)
+        schedule = create_schedule(optimizer, **self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def panels(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Original, masked, reconstruction and both pasted, of uint8 images (see `simmim.pictures.four_panels`)."""
+        normalized = self.normalize(images)
+        predicted = self.network.reconstruct(normalized, mask)
+        return four_panels(images / 255, self.denormalize(predicted), mask)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images (B, c, H, W) to floats of zero mean and unit deviation, on their device."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undoes `normalize`, to floats between 0 and 1."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images * std + mean).clamp(0, 1)
+
+
+def _choose(key: str, value: str, options: list[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{key}={value} is unknown: choose one of {', '.join(options)}")

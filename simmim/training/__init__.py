@@ -1,0 +1,1 @@
+"""What every task shares: optimiser, schedule, checkpoints, callbacks."""

@@ -1,0 +1,184 @@
+"""What a run says and draws while it trains, and when it stops itself."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from tqdm import tqdm
+
+from simmim.pictures import draw_panels, reconstruction_caption
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Callback):
+    """A bar with loss, learning rate, images a second and time left; a line in the log at each validation.
+
+    Args:
+        steps_per_epoch: Optimizer steps that count as an epoch.
+        images_per_step: Images of a global batch.
+    """
+
+    def __init__(self, *, steps_per_epoch: int, images_per_step: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.images_per_step = images_per_step
+        self.bar: tqdm[Any] | None = None
+        self.started = 0.0
+        self.steps_since = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the bar where the run stands; without a terminal there is none."""
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+        )
+        self._restart_clock()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar after each optimizer step."""
+        assert self.bar is not None
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.steps_since += 1
+        pl_module.log("lr", _lr(trainer))
+        pl_module.log("images_per_second", self.images_per_second)
+        epoch = min(trainer.max_steps, trainer.global_step) / self.steps_per_epoch
+        self.bar.set_description(f"epoch {epoch:.1f}", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {float(outputs['loss']):.3f}, lr {_lr(trainer):.1e}, {self.images_per_second:.0f} images/s",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs where the run stands, and what the loss is worth."""
+        metrics = trainer.callback_metrics
+        train = f"train {float(metrics['train_loss']):.4f}, " if "train_loss" in metrics else ""
+        loss, trivial = float(metrics["val_loss"]), float(metrics["val_loss_visible_mean"])
+        speed = f", {self.images_per_second:.0f} images/s" if self.steps_since else ""
+        log.info(
+            f"epoch {trainer.global_step / self.steps_per_epoch:.1f}, step {trainer.global_step}: {train}"
+            f"val {loss:.4f} ({loss / trivial:.2f} of the visible mean's {trivial:.4f}){speed}"
+        )
+        self._restart_clock()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean since the last validation, over all devices."""
+        return self.steps_since * self.images_per_step / max(time.perf_counter() - self.started, 1e-9)
+
+    def _restart_clock(self) -> None:
+        self.started, self.steps_since = time.perf_counter(), 0
+
+
+class Reconstructions(Callback):
+    """Draws `epoch_<n>.png` of the same validation images with the same masks after each validation.
+
+    Args:
+        folder: Where to.
+        batch: The images and masks to show, from `simmim.data.module.fixed_batch`.
+        steps_per_epoch: Optimizer steps that count as an epoch.
+    """
+
+    def __init__(self, folder: Path, batch: dict[str, Any], *, steps_per_epoch: int) -> None:
+        self.folder = folder
+        self.batch = batch
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Reconstructs, draws, and hands the picture to wandb where it logs the run."""
+        images, mask = (self.batch[key].to(pl_module.device) for key in ("image", "mask"))
+        with trainer.precision_plugin.forward_context():
+            panels = pl_module.panels(images, mask)
+        path = self.folder / f"epoch_{round(trainer.global_step / self.steps_per_epoch):04d}.png"
+        caption = reconstruction_caption(
+            ratio=pl_module.hparams["masking"]["ratio"],
+            patch_size=pl_module.hparams["masking"]["patch_size"],
+            normalized_target=pl_module.network.target_window is not None,
+            step=trainer.global_step,
+        )
+        if trainer.is_global_zero:
+            draw_panels(panels, path, caption=caption)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image("reconstructions", [str(path)])
+
+
+class UnreadableImages(Callback):
+    """What to do about images that cannot be read: list them, count them, and stop when they are too many.
+
+    Args:
+        path: `bad_images.txt` of the run: a line for each, its path and the reason.
+        on_error: "skip" goes on with the replacement, "raise" stops at the first.
+        max_fraction: With "skip", the run stops once more than this share of the samples was unreadable.
+        check_after: So many samples are drawn before the share is looked at.
+    """
+
+    def __init__(self, path: Path, *, on_error: str, max_fraction: float, check_after: int = 1000) -> None:
+        if on_error not in ("skip", "raise"):
+            raise ValueError(f"data.on_error={on_error} is unknown: choose skip or raise")
+        self.path = path
+        self.on_error = on_error
+        self.max_fraction = max_fraction
+        self.check_after = check_after
+        self.listed: set[str] = set()
+        self.drawn = 0
+        self.unreadable = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Looks at a training batch."""
+        self._look_at(batch)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Looks at a validation batch."""
+        self._look_at(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, so that a resumed run goes on with them."""
+        return {"drawn": self.drawn, "unreadable": self.unreadable, "listed": sorted(self.listed)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the counts up again."""
+        self.drawn, self.unreadable = state_dict["drawn"], state_dict["unreadable"]
+        self.listed = set(state_dict["listed"])
+
+    def _look_at(self, batch: dict[str, Any]) -> None:
+        self.drawn += len(batch["image"])
+        self.unreadable += len(batch["unreadable"])
+        for name, reason in batch["unreadable"]:
+            if self.on_error == "raise":
+                raise ValueError(f"{name} cannot be read ({reason}): mend or remove it, or set data.on_error=skip")
+            if name not in self.listed:
+                self.listed.add(name)
+                log.warning(f"{name} cannot be read ({reason}): another image takes its place")
+                with self.path.open("a") as file:
+                    file.write(f"{name}\t{reason}\n")
+        if self.drawn >= self.check_after and self.unreadable > self.max_fraction * self.drawn:
+            raise ValueError(
+                f"{self.unreadable} of {self.drawn} images could not be read, more than "
+                f"data.max_bad_fraction={self.max_fraction}: they are listed in {self.path}"
+            )
+
+
+def _lr(trainer: Trainer) -> float:
+    return float(trainer.optimizers[0].param_groups[0]["lr"])

@@ -1,0 +1,274 @@
+"""Encoder files: what goes in comes out, bit by bit, and everything else is refused in one clear line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from simmim.encoders import SwinTransformerV2, create_encoder, weights
+from simmim.encoders.weights import (
+    from_timm,
+    from_transformers,
+    load_encoder,
+    load_encoder_weights,
+    read_encoder_weights,
+    save_encoder,
+    to_timm,
+    to_transformers,
+)
+
+MODEL: dict[str, Any] = {
+    "name": "swinv2",
+    "window_size": 6,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "extra_norm_every": 0,
+    "patch_size": 2,
+    "in_channels": 4,
+    "drop_path": 0.25,
+}
+SIZE = (24, 48)
+
+
+def encoder_of(seed: int = 0, **overrides: Any) -> SwinTransformerV2:
+    encoder = create_encoder(**(MODEL | overrides))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in encoder.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return encoder
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def save_checkpoint(path: Path, encoder: SwinTransformerV2, **changes: Any) -> None:
+    state = {f"network.encoder.{key}": value for key, value in encoder.state_dict().items()}
+    state["network.head.weight"] = torch.zeros(3)
+    hyper_parameters = {"model": MODEL, "image_size": list(SIZE), "seed": 0}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, "hyper_parameters": hyper_parameters, "epoch": 3} | changes, path)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"extra_norm_every": 1, "pretrained_window_size": [4, 3]}])
+def test_a_file_rebuilds_its_encoder(overrides: dict[str, Any], tmp_path: Path) -> None:
+    encoder = encoder_of(**overrides)
+    save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=SIZE)
+    loaded = load_encoder(tmp_path / "encoder.safetensors")
+    assert loaded.config == encoder.config
+    assert_equal(loaded.state_dict(), encoder.state_dict())
+    images = torch.randn(1, 4, *SIZE)
+    assert torch.equal(loaded.eval()(images), encoder.eval()(images))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_metadata_say_how_it_was_trained(tmp_path: Path) -> None:
+    encoder = encoder_of()
+    save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=SIZE)
+    with safe_open(tmp_path / "encoder.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["architecture"]) == ("simmim", "swinv2")
+    assert json.loads(metadata["config"]) == encoder.config
+    assert json.loads(metadata["image_size"]) == [24, 48]
+    assert json.loads(metadata["windows"]) == [[6, 6], [6, 6]]  # maps of 12 x 24 and 6 x 12 tokens
+
+
+def test_a_checkpoint_says_the_same_as_the_file(tmp_path: Path) -> None:
+    encoder = encoder_of()
+    save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=SIZE)
+    save_checkpoint(tmp_path / "step_00000007.ckpt", encoder)
+    of_file, of_checkpoint = (
+        read_encoder_weights(tmp_path / name) for name in ("encoder.safetensors", "step_00000007.ckpt")
+    )
+    assert_equal(of_checkpoint[0], of_file[0])
+    assert of_checkpoint[1] == of_file[1]
+    assert_equal(load_encoder(tmp_path / "step_00000007.ckpt").state_dict(), encoder.state_dict())
+
+
+def test_a_run_folder_offers_its_newest_weights(tmp_path: Path) -> None:
+    for step in (9, 10, 100):  # 9 comes last by name
+        save_checkpoint(tmp_path / "checkpoints" / f"step_{step}.ckpt", encoder_of(step))
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert_equal(read_encoder_weights(tmp_path)[0], encoder_of(100).state_dict())
+    save_encoder(encoder_of(1), tmp_path / "encoder.safetensors", image_size=SIZE)
+    assert_equal(read_encoder_weights(tmp_path)[0], encoder_of(1).state_dict())
+
+
+def test_loading_reports_what_was_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(), path, image_size=SIZE)
+    other = encoder_of(1, window_size=3, drop_path=0.0)
+    count = len(other.state_dict())
+    report = load_encoder_weights(other, tmp_path)
+    assert_equal(other.state_dict(), encoder_of().state_dict())
+    assert other.config["window_size"] == 3
+    assert report.startswith(f"Loaded all {count} tensors of the encoder (0.0 M parameters) from {path}")
+    assert report.endswith("trained at 24x48 px with windows of 6x6, 6x6 tokens.")
+    save_checkpoint(path.with_name("old.ckpt"), encoder_of(), hyper_parameters={"model": MODEL})
+    assert load_encoder_weights(other, path.with_name("old.ckpt")).endswith("at an unknown image size.")
+
+
+def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(), path, image_size=SIZE)
+    with pytest.raises(ValueError, match=r"embed_dim=16 \(model: 32\)") as caught:
+        load_encoder_weights(encoder_of(embed_dim=32), path)
+    line = str(caught.value)
+    assert line.startswith(f"encoder={path} does not fit") and "\n" not in line
+    assert "mask_token (16,) (model: (32,))" in line
+    deeper = encoder_of(1, depths=[2, 4])
+    before = {key: value.clone() for key, value in deeper.state_dict().items()}
+    with pytest.raises(ValueError, match=r"34 tensors differ.*q_bias missing \(model"):
+        load_encoder_weights(deeper, path)
+    assert_equal(deeper.state_dict(), before)  # nothing was half loaded
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(), path, image_size=SIZE)
+
+    def fill_the_disk(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(weights, "save_file", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_encoder(encoder_of(1), path, image_size=SIZE)
+    assert_equal(load_encoder(path).state_dict(), encoder_of().state_dict())
+    assert [file.name for file in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+def nothing(path: Path) -> Path:
+    return path / "absent"
+
+
+def empty_folder(path: Path) -> Path:
+    return path
+
+
+def other_ending(path: Path) -> Path:
+    (path / "encoder.bin").touch()
+    return path / "encoder.bin"
+
+
+def foreign_safetensors(path: Path) -> Path:
+    save_file({"norm.weight": torch.zeros(2)}, path / "foreign.safetensors")
+    return path / "foreign.safetensors"
+
+
+def cut_safetensors(path: Path) -> Path:
+    save_encoder(encoder_of(), path / "cut.safetensors", image_size=SIZE)
+    (path / "cut.safetensors").write_bytes((path / "cut.safetensors").read_bytes()[:-100])
+    return path / "cut.safetensors"
+
+
+def empty_safetensors(path: Path) -> Path:
+    (path / "empty.safetensors").touch()
+    return path / "empty.safetensors"
+
+
+def foreign_checkpoint(path: Path) -> Path:
+    torch.save({"state_dict": {"backbone.weight": torch.zeros(2)}}, path / "foreign.ckpt")
+    return path / "foreign.ckpt"
+
+
+def checkpoint_without_settings(path: Path) -> Path:
+    save_checkpoint(path / "bare.ckpt", encoder_of(), hyper_parameters={})
+    return path / "bare.ckpt"
+
+
+def cut_checkpoint(path: Path) -> Path:
+    save_checkpoint(path / "cut.ckpt", encoder_of())
+    (path / "cut.ckpt").write_bytes((path / "cut.ckpt").read_bytes()[:-100])
+    return path / "cut.ckpt"
+
+
+def empty_checkpoint(path: Path) -> Path:
+    (path / "empty.ckpt").touch()
+    return path / "empty.ckpt"
+
+
+def checkpoint_with_code(path: Path) -> Path:
+    save_checkpoint(path / "code.ckpt", encoder_of(), callback=Path.cwd)
+    return path / "code.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (nothing, "does not exist"),
+        (empty_folder, "neither encoder.safetensors nor"),
+        (other_ending, "unknown ending"),
+        (foreign_safetensors, "not written by simmim"),
+        (cut_safetensors, "cannot be read"),
+        (empty_safetensors, "cannot be read"),
+        (foreign_checkpoint, "no checkpoint of simmim"),
+        (checkpoint_without_settings, "no checkpoint of simmim"),
+        (cut_checkpoint, "cannot be read"),
+        (empty_checkpoint, "cannot be read"),
+        (checkpoint_with_code, "more than tensors and plain values"),
+    ],
+)
+def test_what_is_not_ours_is_refused(make: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:
+    path = make(tmp_path)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_encoder_weights(path)
+    assert str(caught.value).startswith(f"encoder={path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_renaming_and_back_changes_nothing() -> None:
+    state = encoder_of(depths=[2, 1, 1], num_heads=[2, 2, 4]).state_dict()
+    assert_equal(from_transformers(to_transformers(state)), state)
+    without_token = {key: value for key, value in state.items() if key != "mask_token"}
+    assert_equal(from_timm(to_timm(state)), without_token)  # timm has none
+
+
+def test_the_place_of_patch_merging() -> None:
+    state = encoder_of().state_dict()
+    reduction = state["merges.0.reduction.weight"]
+    assert to_timm(state)["layers.1.downsample.reduction.weight"] is reduction
+    assert to_transformers(state)["encoder.layers.0.downsample.reduction.weight"] is reduction
+
+
+def test_heads_and_buffers_are_left_out() -> None:
+    state = encoder_of().state_dict()
+    expected = {key: value for key, value in state.items() if key != "mask_token"}
+    extra = torch.zeros(1)
+    timm = to_timm(state)
+    timm |= {"head.fc.weight": extra, "layers.0.blocks.1.attn_mask": extra}
+    timm |= {f"layers.0.blocks.0.attn.{name}": extra for name in weights.BUFFERS}
+    assert_equal(from_timm(timm), expected)
+    transformers = {f"swinv2.{key}": value for key, value in to_transformers(state).items()}
+    transformers |= {"classifier.weight": extra, "decoder.0.bias": extra}
+    transformers |= {f"swinv2.encoder.layers.0.blocks.0.attention.self.{name}": extra for name in weights.BUFFERS}
+    assert_equal(from_transformers(transformers), state)
+
+
+@pytest.mark.parametrize("key", ["layers.0.downsample.norm.weight", "layers.0.blocks.0.attn.qkv.scale", "absolute"])
+def test_unknown_keys_of_timm_are_listed(key: str) -> None:
+    with pytest.raises(ValueError, match=f"of timm: unknown keys: {key}$"):
+        from_timm(to_timm(encoder_of().state_dict()) | {key: torch.zeros(1)})
+
+
+def test_unknown_keys_of_transformers_are_listed() -> None:
+    state = to_transformers(encoder_of().state_dict())
+    state |= {f"encoder.layers.9.{number}": torch.zeros(1) for number in range(5)}
+    with pytest.raises(ValueError, match=r"encoder\.layers\.9\.2 and 2 more"):
+        from_transformers(state)
+
+
+@pytest.mark.parametrize("rename", [to_timm, to_transformers])
+def test_extra_norms_have_no_place_elsewhere(
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
+    with pytest.raises(ValueError, match=r"lacks the extra norms of H and G: stages\.0\.1\.extra_norm\.weight"):
+        rename(encoder_of(extra_norm_every=2).state_dict())
