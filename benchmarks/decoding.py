@@ -99,9 +99,7 @@ def cpu_model() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of JPEG files")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved passes over the folder")

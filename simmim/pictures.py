@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simmim.masking import expand_mask
@@ -70,7 +72,7 @@ def reconstruction_caption(*, ratio: float, patch_size: int, normalized_target: 
     return caption
 
 
-def _for_display(image: Tensor) -> Tensor:
+def _for_display(image: Tensor) -> NDArray[np.float32]:
     image = image.detach().float().cpu().clamp(0, 1)
     image = image[:3] if image.shape[0] >= 3 else image[:1]
-    return image.permute(1, 2, 0).squeeze(-1)
+    return image.permute(1, 2, 0).squeeze(-1).numpy()

@@ -4,7 +4,7 @@ from simmim.seeding import derive_seed, torch_random_from
 
 
 def test_seeds_are_stable_and_tell_their_parts_apart():
-    assert derive_seed(0, "mask", 1, 23) == 7353104064160498003 or True
+    assert derive_seed(0, "mask", 1, 23) == 1721149363277335990  # on every machine, in every version
     parts = [(0, 1, 23), (0, 12, 3), (1, 0, 23), ("0", "1", "24")]
     assert len({derive_seed(*p) for p in parts}) == len(parts)
 

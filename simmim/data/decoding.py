@@ -62,9 +62,7 @@ def decode(data: bytes, channels: int) -> Tensor:
         ValueError: If `channels` is another number.
     """
     if channels not in _MODES:
-        raise ValueError(
-            f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
-        )
+        raise ValueError(f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels")
     with warnings.catch_warnings():
         # PIL warns of every odd tag and of large sizes; what matters becomes an UnreadableImage.
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -47,9 +47,7 @@ class FolderSource:
             ValueError: If the folder does not exist, is no folder or holds no image; for other `channels`.
         """
         if channels not in (1, 3, 4):
-            raise ValueError(
-                f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
-            )
+            raise ValueError(f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels")
         self.root = Path(root).expanduser()
         self.channels = channels
         _require_folder(self.root)
@@ -165,9 +163,7 @@ def _walk(root: Path) -> tuple[list[str], dict[str, int]]:
             entries = _visible_entries(root / folder)
         except PermissionError as error:  # lost+found at the top of a disk, for one
             _log.warning("%s cannot be listed, its images are left out: %s", root / folder, error.strerror)
-            folders[folder] = (
-                time.time_ns()
-            )  # not to be cached: a change of permissions leaves the mtime alone
+            folders[folder] = time.time_ns()  # not to be cached: a change of permissions leaves the mtime alone
             continue
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name

@@ -89,9 +89,7 @@ class SyntheticSource:
         return f"synthetic/{index:06d}"
 
 
-def _draw(
-    uniform: _Array, shape: str, texture: str, image_size: tuple[int, int], channels: int
-) -> NDArray[np.uint8]:
+def _draw(uniform: _Array, shape: str, texture: str, image_size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     """Draw a picture (C, H, W) from uniform random numbers, back to front."""
     height, width = image_size
     side = float(np.sqrt(height * width))  # px

@@ -60,9 +60,7 @@ class LogSpacedPositionBias(nn.Module):
     def __init__(self, num_heads: int, *, trained_window: int | None) -> None:
         super().__init__()
         self.trained_window = trained_window
-        self.mlp = nn.Sequential(
-            nn.Linear(2, HIDDEN_WIDTH), nn.ReLU(), nn.Linear(HIDDEN_WIDTH, num_heads, bias=False)
-        )
+        self.mlp = nn.Sequential(nn.Linear(2, HIDDEN_WIDTH), nn.ReLU(), nn.Linear(HIDDEN_WIDTH, num_heads, bias=False))
 
     def forward(self, window: tuple[int, int]) -> Tensor:
         """Bias of a window of (h, w) tokens: (n, T, T), in the precision of the weights."""

@@ -170,9 +170,7 @@ class Block(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.shifted = shifted
-        self.attention = WindowAttention(
-            dim, num_heads, trained_window=trained_window, implementation=implementation
-        )
+        self.attention = WindowAttention(dim, num_heads, trained_window=trained_window, implementation=implementation)
         self.norm1 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, MLP_RATIO * dim), nn.GELU(), nn.Linear(MLP_RATIO * dim, dim))
         self.norm2 = nn.LayerNorm(dim)

@@ -76,9 +76,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: If a weight has no place there: the extra norms of H and G.
     """
-    return _rename_ours(
-        {key: value for key, value in state.items() if key != "mask_token"}, TIMM_NAMES, "timm"
-    )
+    return _rename_ours({key: value for key, value in state.items() if key != "mask_token"}, TIMM_NAMES, "timm")
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,9 +132,7 @@ def save_encoder(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[in
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(
-            {key: value.contiguous() for key, value in encoder.state_dict().items()}, temporary, metadata
-        )
+        save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, temporary, metadata)
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)  # the new name too must survive a power cut
@@ -214,13 +210,9 @@ def find_encoder_file(path: Path) -> Path:
     if path.is_dir():
         return _find_in_run(path)
     if not path.exists():
-        raise ValueError(
-            f"encoder={path} does not exist: give a run folder, a *.ckpt or a *.safetensors file"
-        )
+        raise ValueError(f"encoder={path} does not exist: give a run folder, a *.ckpt or a *.safetensors file")
     if path.suffix not in (".ckpt", ".safetensors"):
-        raise ValueError(
-            f"encoder={path} has an unknown ending: give a run folder, a *.ckpt or a *.safetensors file"
-        )
+        raise ValueError(f"encoder={path} has an unknown ending: give a run folder, a *.ckpt or a *.safetensors file")
     return path
 
 
@@ -246,13 +238,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = reader.metadata() or {}
             weights = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"encoder={file} cannot be read, perhaps it was cut short: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"encoder={file} cannot be read, perhaps it was cut short: {_first_line(error)}") from error
     if metadata.get("format") != "simmim":
-        raise ValueError(
-            f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration"
-        )
+        raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
     values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
     return weights, {"architecture": metadata["architecture"], **values}
 
@@ -267,9 +255,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     weights = {
-        key.removeprefix(CHECKPOINT_PREFIX): value
-        for key, value in state.items()
-        if key.startswith(CHECKPOINT_PREFIX)
+        key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state.items() if key.startswith(CHECKPOINT_PREFIX)
     }
     if not weights or "model" not in checkpoint.get("hyper_parameters", {}):
         raise ValueError(
@@ -289,9 +275,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def _check_fit(
-    encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path
-) -> None:
+def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
     model = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     held = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [key for key in model | held if model.get(key) != held.get(key)]
@@ -308,9 +292,7 @@ def _check_fit(
 
 
 def _rename_ours(state: Mapping[str, Tensor], names: dict[str, str], library: str) -> dict[str, Tensor]:
-    complaint = (
-        f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
-    )
+    complaint = f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
     return _rename(state, list(names.items()), complaint)
 
 
@@ -323,9 +305,7 @@ def _rename_theirs(
         if not key.startswith(heads) and key.rpartition(".")[2] not in BUFFERS
     }
     rules = [(theirs, ours) for ours, theirs in names.items()]
-    return _rename(
-        needed, rules, f"these are not the weights of a Swin V2 encoder of {library}: unknown keys"
-    )
+    return _rename(needed, rules, f"these are not the weights of a Swin V2 encoder of {library}: unknown keys")
 
 
 def _rename(state: Mapping[str, Tensor], rules: list[tuple[str, str]], complaint: str) -> dict[str, Tensor]:
@@ -342,9 +322,7 @@ def _translate(key: str, source: str, target: str) -> str | None:
     found = _pattern(source).fullmatch(key)
     if found is None:
         return None
-    numbers = {
-        slot: int(found[slot]) - int(f"{{{slot}+1}}" in source) for slot in "sbl" if f"{{{slot}" in source
-    }
+    numbers = {slot: int(found[slot]) - int(f"{{{slot}+1}}" in source) for slot in "sbl" if f"{{{slot}" in source}
     if min(numbers.values(), default=0) < 0:
         return None
     for slot, number in numbers.items():

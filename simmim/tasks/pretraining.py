@@ -204,6 +204,16 @@ class Pretraining(LightningModule):
         schedule = create_schedule(optimizer, **self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm of all gradients together, and logs that norm."""
+        assert gradient_clip_val is not None
+        self.log("grad_norm", nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val))
+
     @torch.no_grad()
     def panels(self, images: Tensor, mask: Tensor) -> Tensor:
         """Original, masked, reconstruction and both pasted, of uint8 images (see `simmim.pictures.four_panels`)."""

@@ -47,23 +47,17 @@ def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_equals_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers adds its mask of -100 twice, where the authors add it once: halved, the two agree.
     original = Swinv2Layer.get_attn_mask
-    monkeypatch.setattr(
-        Swinv2Layer, "get_attn_mask", lambda *args, **kwargs: halved(original(*args, **kwargs))
-    )
+    monkeypatch.setattr(Swinv2Layer, "get_attn_mask", lambda *args, **kwargs: halved(original(*args, **kwargs)))
     ours, theirs = models()
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(3, 3, SIZE, SIZE, generator=generator)
-    mask = torch.rand(3, SIZE // 32, SIZE // 32, generator=generator) < torch.tensor([0.3, 0.6, 0.8]).view(
-        3, 1, 1
-    )
+    mask = torch.rand(3, SIZE // 32, SIZE // 32, generator=generator) < torch.tensor([0.3, 0.6, 0.8]).view(3, 1, 1)
     expected = theirs(images, bool_masked_pos=expand_mask(mask, SIZE // 4, SIZE // 4).flatten(1))
     torch.testing.assert_close(ours.reconstruct(images, mask), expected.reconstruction, atol=1e-4, rtol=0)
     loss = ours(images, mask)

@@ -1,0 +1,225 @@
+"""The command as its users run it, at the size of the debug experiment."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+from simmim.command import compose_config
+from simmim.encoders.weights import load_encoder
+from simmim.pretrain import build, pretrain, run_length
+from simmim.training.checkpoint import list_checkpoints
+
+
+def run(folder, *overrides):
+    return pretrain(compose_config("pretrain", ["experiment=debug", *overrides], output_dir=folder))
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder):
+    return {int(row["step"]): row["train_loss"] for row in metrics(folder) if row["train_loss"]}
+
+
+def weights(folder):
+    checkpoint = torch.load(list_checkpoints(folder / "checkpoints")[-1], weights_only=True)
+    return checkpoint["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(folder, "checkpoint.every_n_steps=3", "checkpoint.keep=null")
+
+
+def test_a_run_folder_holds_what_the_contract_says(finished):
+    folder, summary = finished
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["data"]["image_size"] == 32
+    assert "${" not in (folder / "config.yaml").read_text()
+    assert [p.name for p in list_checkpoints(folder / "checkpoints")] == [f"step_{n:07d}.ckpt" for n in (3, 6, 8)]
+    assert [p.name for p in sorted((folder / "reconstructions").iterdir())] == ["epoch_0001.png", "epoch_0002.png"]
+    assert summary["step"] == 8
+    assert summary["ratio"] == pytest.approx(summary["val_loss"] / summary["val_loss_visible_mean"])
+
+
+def test_metrics_hold_every_step_and_each_validation(finished):
+    folder, summary = finished
+    rows = metrics(folder)
+    assert sorted(losses(folder)) == list(range(1, 9))
+    validated = [row for row in rows if row["val_loss"]]
+    assert [int(row["step"]) for row in validated] == [4, 8]
+    assert float(validated[-1]["val_loss"]) == pytest.approx(summary["val_loss"], rel=1e-4)
+    assert all(float(row["lr"]) > 0 and float(row["grad_norm"]) > 0 for row in rows if row["train_loss"])
+
+
+def test_the_encoder_file_rebuilds_the_encoder_with_nothing_else(finished):
+    folder, _ = finished
+    encoder = load_encoder(folder / "encoder.safetensors")
+    trained = weights(folder)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, trained[f"network.encoder.{name}"])
+    with safe_open(folder / "encoder.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["image_size"]) == [32, 32]
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 2, 128)
+
+
+def test_a_checkpoint_opens_without_unpickling_and_has_plain_settings(finished):
+    folder, _ = finished
+    checkpoint = torch.load(list_checkpoints(folder / "checkpoints")[-1], weights_only=True)
+    assert checkpoint["hyper_parameters"]["masking"] == {"strategy": "random", "patch_size": 16, "ratio": 0.6}
+
+
+def test_the_picture_has_four_panels_a_row(finished):
+    folder, _ = finished
+    image = Image.open(folder / "reconstructions" / "epoch_0002.png")
+    assert image.width / 4 * 0.8 < (image.height - 60) / 4 < image.width / 4 * 1.2
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+    folder, _ = finished
+    run(tmp_path / "again", "checkpoint.every_n_steps=100")
+    run(tmp_path / "other", "seed=1")
+    assert losses(tmp_path / "again") == losses(folder)
+    assert losses(tmp_path / "other") != losses(folder)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_resumed_inside_an_epoch_is_bit_identical(tmp_path, num_workers):
+    """The loader, the masks, the crops, stochastic depth, the schedule and AdamW all go on where they stood."""
+    settings = (f"data.num_workers={num_workers}", "model.drop_path=0.3", "trainer.accumulate_grad_batches=2",
+                "data.batch_size=4", "checkpoint.every_n_steps=3")  # fmt: skip
+    run(tmp_path / "whole", *settings)
+    run(tmp_path / "broken", *settings, "checkpoint.keep=null")
+    for late in list_checkpoints(tmp_path / "broken" / "checkpoints")[1:]:
+        late.unlink()  # as if killed after step 3, in the middle of the first epoch
+    (tmp_path / "broken" / "encoder.safetensors").unlink()
+    run(tmp_path / "broken", *settings, "resume=auto")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_a_finished_run_resumed_stays_as_it_is(finished):
+    folder, summary = finished
+    before = weights(folder)
+    again = run(folder, "checkpoint.every_n_steps=3", "checkpoint.keep=null", "resume=auto")
+    assert again == pytest.approx(summary, rel=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in weights(folder).items())
+
+
+def test_a_run_with_checkpoints_is_never_overwritten(finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=r"step 8.*resume=auto"):
+        run(folder)
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    run(tmp_path / "large", "data.batch_size=8", "optimizer.eps=1e-6")
+    run(tmp_path / "small", "data.batch_size=2", "trainer.accumulate_grad_batches=4", "optimizer.eps=1e-6")
+    for row, other in zip(metrics(tmp_path / "large"), metrics(tmp_path / "small"), strict=True):
+        assert row["step"] == other["step"]
+        for key in ("grad_norm", "lr", "val_loss"):
+            if row[key]:
+                assert float(row[key]) == pytest.approx(float(other[key]), rel=2e-5), key
+    large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
+    assert all(torch.allclose(large[name], small[name], atol=1e-6) for name in large)
+
+
+def test_validation_does_not_depend_on_the_batch_size(finished, tmp_path):
+    folder, summary = finished
+    for batch_size in (3, 5):
+        run(tmp_path / str(batch_size), f"data.batch_size={batch_size}", f"resume={folder}", "trainer.max_steps=8")
+        value = next(float(row["val_loss"]) for row in metrics(tmp_path / str(batch_size)) if row["val_loss"])
+        assert value == pytest.approx(summary["val_loss"], rel=1e-5)
+
+
+def test_a_stage_starts_from_another_runs_encoder(finished, tmp_path):
+    folder, _ = finished
+    run(
+        tmp_path / "next",
+        f"encoder={folder}",
+        "trainer.max_steps=1",
+        "optimizer.base_lr=1e-12",
+        "optimizer.weight_decay=0",
+    )
+    before, after = weights(folder), weights(tmp_path / "next")
+    for name in (n for n in before if n.startswith("network.encoder.")):
+        assert torch.allclose(before[name], after[name], atol=1e-6), name
+
+
+def test_the_learning_rate_scales_with_the_global_batch(tmp_path):
+    config = compose_config(
+        "pretrain",
+        ["experiment=debug", "optimizer.base_lr=1e-4", "data.batch_size=16", "trainer.accumulate_grad_batches=128"],
+        output_dir=tmp_path,
+    )
+    task, _, _ = build(config)
+    assert task.optimizer["lr"] == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "warmup"),
+    [
+        (["trainer.max_epochs=10"], 40, 4),
+        (["trainer.max_steps=20"], 20, 10),  # two epochs stretched over 20 steps: the first is the warm-up
+        (["trainer.max_epochs=10", "schedule.warmup_steps=7"], 40, 7),
+        (["trainer.max_epochs=10", "trainer.accumulate_grad_batches=2"], 20, 2),
+    ],
+)
+def test_the_length_of_a_run_and_of_its_warm_up(tmp_path, overrides, steps, warmup):
+    config = compose_config("pretrain", ["experiment=debug", *overrides], output_dir=tmp_path)
+    task, _, length = build(config)
+    assert length.total_steps == steps
+    assert task.schedule["warmup_steps"] == warmup
+
+
+def test_an_epoch_is_the_images_over_the_global_batch(tmp_path):
+    config = compose_config("pretrain", ["experiment=debug"], output_dir=tmp_path)
+    assert run_length(config, images=1000).steps_per_epoch == math.floor(1000 / 8)
+    assert run_length(config, images=3).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_numbers_of_channels_train_and_draw(tmp_path, channels):
+    summary = run(tmp_path, f"data.channels={channels}", "data.mean=[0.5]", "data.std=[0.25]", "trainer.max_steps=2")
+    assert math.isfinite(summary["val_loss"])
+    assert load_encoder(tmp_path / "encoder.safetensors").config["in_channels"] == channels
+
+
+def test_images_that_are_not_square(tmp_path):
+    summary = run(tmp_path, "data.image_size=[32,64]", "trainer.max_steps=2")
+    assert math.isfinite(summary["val_loss"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["objective.target=normalized", "objective.loss=l2", "objective.loss=smooth_l1", "objective.predict=all",
+     "objective.head=mlp", "objective.target_downsampling=4", "masking.strategy=square", "masking.strategy=block",
+     "schedule.name=multistep", "model.attention=sdpa", "trainer.precision=bf16-mixed"],
+)  # fmt: skip
+def test_each_option_of_the_paper_trains(tmp_path, option):
+    summary = run(tmp_path, option, "trainer.max_steps=2")
+    assert math.isfinite(summary["val_loss"])
+
+
+def test_wandb_offline_needs_neither_account_nor_network(tmp_path):
+    code = (
+        "from pathlib import Path; from simmim.command import compose_config; from simmim.pretrain import pretrain;"
+        f"pretrain(compose_config('pretrain', ['experiment=debug', 'logger=wandb'], output_dir=Path({str(tmp_path)!r})))"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path, timeout=200)
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert len(list(offline.glob("files/media/images/reconstructions_*.png"))) == 2
+    assert losses(tmp_path)
