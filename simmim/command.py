@@ -67,6 +67,7 @@ def command(function: Callable[[Config], Any]) -> Callable[[], None]:
     one that failed comes last.
     """
     name = function.__name__
+    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     failures: list[str] = []
 
     @hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")
@@ -76,24 +77,23 @@ def command(function: Callable[[Config], Any]) -> Callable[[], None]:
             function(to_plain(config))
         except Exception as error:
             settings = HydraConfig.get()
-            job = f"job {settings.job.num} ({settings.job.override_dirname}) failed: "
-            failures.append(f"{job if settings.mode == RunMode.MULTIRUN else ''}{_one_line(error)}")
-            log.error(failures[-1], exc_info=not isinstance(error, USER_ERRORS))
-            raise
+            sweep = settings.mode == RunMode.MULTIRUN
+            job = f"job {settings.job.num} ({settings.job.override_dirname}) failed: " if sweep else ""
+            failures.append(f"{job}{_one_line(error)}")
+            log.error(failures[-1], exc_info=traceback or not isinstance(error, USER_ERRORS))
 
     @functools.wraps(function)
     def main() -> None:
-        traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
         try:
             run()
-        except Exception as error:
-            if traceback or not (failures or isinstance(error, USER_ERRORS)):
+        except USER_ERRORS as error:  # before a job began: the config does not compose
+            if traceback:
                 raise
-            if not failures:
-                print(explain(error, name), file=sys.stderr)
-            elif len(failures) > 1:
-                print("\n".join(failures), file=sys.stderr)
+            sys.exit(explain(error, name))
+        if sweep_failed := [line for line in failures if line.startswith("job ")]:
+            print(*sweep_failed, sep="\n", file=sys.stderr)
+        if failures:
             sys.exit(1)
 
     return main
@@ -128,10 +128,7 @@ def _owners(key: str) -> list[Path]:
     """The files of a config group that hold a key, as `data/folder.yaml` holds `data.root`."""
     group, _, rest = key.partition(".")
     files = sorted((config_folder() / group).glob("*.yaml"))
-    return [path for path in files if OmegaConf.select(OmegaConf.load(path), rest, default=_ABSENT) is not _ABSENT]
-
-
-_ABSENT = object()
+    return [path for path in files if rest in list(OmegaConf.load(path))]
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -212,8 +212,10 @@ def _precision(precision: str) -> Any:
 
 def _image_size(config: Config) -> tuple[int, int]:
     size = config["data"]["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    sides = [size, size] if isinstance(size, int) else size
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"data.image_size={size} must be a number of pixels or [height, width]")
+    return sides[0], sides[1]
 
 
 def _per_channel(data: Config, key: str) -> list[float]:

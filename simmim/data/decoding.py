@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 170_000_000  # a satellite scene passes; just below the limit of PIL itself
 HEAD_BYTES = 16  # what `image_format` needs
 
 _MODES = {

@@ -36,24 +36,27 @@ class FolderSource:
         classes: Class names; empty for unlabelled images. A subset keeps all of them.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, channels: int = 3) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:
         """List the folder; no image is decoded.
 
         Args:
             root: The folder; `~` is expanded.
             channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+            key: What the folder is called in messages.
 
         Raises:
             ValueError: If the folder does not exist, is no folder or holds no image; for other `channels`.
         """
         if channels not in (1, 3, 4):
-            raise ValueError(f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels")
+            raise ValueError(
+                f"data.channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
+            )
         self.root = Path(root).expanduser()
         self.channels = channels
-        _require_folder(self.root)
+        _require_folder(self.root, key)
         self._names = _PackedStrings.pack(list_images(self.root))
         if not len(self._names):
-            raise ValueError(f"data.root={self.root} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
+            raise ValueError(f"{key}={self.root} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
         self.classes, self._labels = _classes(self._names)
         self._indices = np.arange(len(self._names))
 
@@ -108,7 +111,7 @@ def split_by_hash(source: FolderSource, fraction: float) -> tuple[FolderSource, 
         ValueError: If `fraction` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"validation fraction {fraction}: give a number between 0 and 1, both excluded")
+        raise ValueError(f"data.val_fraction={fraction} must lie between 0 and 1, both excluded")
     position = np.array([_hash_position(source.relative_name(index)) for index in range(len(source))])
     aside = position < fraction
     if len(source) > 1:
@@ -136,11 +139,11 @@ def list_images(root: Path) -> list[str]:
     return names
 
 
-def _require_folder(root: Path) -> None:
+def _require_folder(root: Path, key: str) -> None:
     if not root.exists():
-        raise ValueError(f"data.root={root} does not exist: give a folder of images")
+        raise ValueError(f"{key}={root} does not exist: give a folder of images")
     if not root.is_dir():
-        raise ValueError(f"data.root={root} is not a folder: give the folder that holds the images")
+        raise ValueError(f"{key}={root} is not a folder: give the folder that holds the images")
 
 
 def _walk(root: Path) -> tuple[list[str], dict[str, int]]:

@@ -58,9 +58,7 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
     if source == "folder":
         images = FolderSource(config["root"], channels=channels)
         if config["val_root"] is not None:
-            return images, FolderSource(config["val_root"], channels=channels)
-        if not 0 < config["val_fraction"] < 1:
-            raise ValueError(f"data.val_fraction={config['val_fraction']} must lie between 0 and 1, both excluded")
+            return images, FolderSource(config["val_root"], channels=channels, key="data.val_root")
         return split_by_hash(images, config["val_fraction"])
     raise ValueError(f"data.source={source} is unknown: choose synthetic or folder")
 
@@ -120,7 +118,8 @@ class MaskedImageData(LightningDataModule):
         crop_scale: See `pretraining_transform`.
         crop_ratio: See `pretraining_transform`.
         batch_size: Images a device.
-        num_workers: Loader processes a device; None takes the machine's cores, at most 8.
+        num_workers: Loader processes a device; None takes the machine's cores, at most 8, where a GPU trains, and
+            one where the training itself needs the cores.
         num_batches: Training batches of the whole run.
         seed: Seed of order, transforms and masks.
     """
@@ -144,7 +143,8 @@ class MaskedImageData(LightningDataModule):
         self.train_samples = MaskedSamples(train, transform, masking, seed)
         self.val_samples = MaskedSamples(validation, centre_transform(image_size), masking, seed)
         self.batch_size = batch_size
-        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        cores = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 1
+        self.num_workers = cores if num_workers is None else num_workers
         self.num_batches = num_batches
         self.seed = seed
 

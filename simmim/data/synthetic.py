@@ -21,8 +21,8 @@ from torch import Tensor
 SHAPES = ("disc", "square", "triangle", "cross", "crescent")
 TEXTURES = ("striped", "mottled")
 
-_LEAVES = 16
-_RADIUS = (0.12, 0.6)  # smallest and largest leaf, as fractions of the picture's side
+_LEAVES = 12
+_RADIUS = (0.22, 0.9)  # smallest and largest leaf, as fractions of the picture's side
 _GRAIN_SHIFTS = 64  # px, how far the mottled texture is moved from leaf to leaf
 
 _Array = NDArray[np.float32]
@@ -138,7 +138,7 @@ def _tone(texture: str, along: _Array, across: _Array, surface: list[float], sid
     shade, contrast, phase = surface
     height, width = along.shape
     pattern = _stripes(across, phase) if texture == "striped" else _grain_at(phase, side)[:height, :width]
-    depth = 0.2 + 0.5 * contrast
+    depth = 0.1 + 0.4 * contrast
     tone = pattern * np.float32(depth)
     tone += along * ((shade - 0.5) * 0.5)
     tone += 1 - depth / 2

@@ -132,7 +132,10 @@ def save_encoder(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[in
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would keep others out
         save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, temporary, metadata)
+        temporary.chmod(mode)
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)  # the new name too must survive a power cut

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -13,7 +15,7 @@ from simmim.masking import Masking
 class Broken:
     """A source in which some images cannot be read."""
 
-    classes: list = []
+    classes: ClassVar[list[str]] = []
 
     def __init__(self, size, bad):
         self.size, self.bad = size, bad

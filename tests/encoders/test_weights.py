@@ -131,6 +131,12 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     assert_equal(deeper.state_dict(), before)  # nothing was half loaded
 
 
+def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_encoder(encoder_of(), tmp_path / "encoder.safetensors", image_size=SIZE)
+    assert (tmp_path / "encoder.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(encoder_of(), path, image_size=SIZE)

@@ -1,0 +1,129 @@
+"""Every YAML composes, and the recipes hold the published numbers."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from simmim.command import compose_config, config_folder
+from simmim.encoders import create_encoder
+from simmim.pretrain import run_length
+from simmim.training.schedule import lr_factor
+
+GROUPS = ("data", "experiment", "logger", "model", "trainer")
+COMMANDS = ("pretrain", "reconstruct")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
+
+# Typed from the published tables. lr at the global batch it is given for.
+RECIPES = {
+    "simmim_swinv2_t_800ep": {"batch": 2048, "lr": 4e-4},
+    "simmim_swinv2_s_800ep": {"batch": 2048, "lr": 4e-4},
+    "simmim_swinv2_b_800ep": {"batch": 2048, "lr": 4e-4},
+    "simmim_swinv2_l_800ep": {"batch": 2048, "lr": 4e-4},
+    "simmim_swinv2_h_800ep": {"batch": 2048, "lr": 4e-4},
+    "simmim_swinv2_g": {"batch": 9216, "lr": 1.4e-3},
+}
+
+
+def config_of(*overrides):
+    return compose_config("pretrain", [*overrides], output_dir=Path("unused"))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_of_every_group_composes(group, choice):
+    needed = {
+        "folder": ["data.root=photos"],
+        "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
+    }
+    root = ["data.root=photos"] if group == "experiment" and choice != "debug" else []
+    config = config_of(f"{group}={choice}", *needed.get(choice, []), *root)
+    assert config["model"]["window_size"] > 0
+
+
+def test_every_yaml_is_a_command_or_a_choice():
+    files = {str(p.relative_to(config_folder())) for p in config_folder().rglob("*.yaml")}
+    known = {f"{group}/{choice}.yaml" for group, choice in CHOICES} | {f"{c}.yaml" for c in (*COMMANDS, "run")}
+    assert files == known
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes_with_its_run_folder(command):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose(command, overrides=["name=mine"], return_hydra_config=True)
+        assert config.hydra.job.name == command
+        assert config.hydra.run.dir == f"outputs/{command}/mine"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_hold_the_published_numbers(name):
+    published = RECIPES[name]
+    config = config_of(f"experiment={name}", "data.root=photos")
+    images = {"simmim_swinv2_g": 70_000_000}.get(name, 1_281_167)
+    length = run_length(config, images)
+    assert length.images_per_step == published["batch"]
+    assert config["optimizer"]["base_lr"] * length.images_per_step / 512 == pytest.approx(published["lr"])
+    assert config["optimizer"]["betas"] == [0.9, 0.999]
+    assert config["optimizer"]["eps"] == 1e-8
+    assert (config["data"]["image_size"], config["model"]["window_size"]) == (192, 12)
+    assert config["masking"] == {"strategy": "random", "patch_size": 32, "ratio": 0.6}
+    assert config["data"]["crop_scale"] == [0.67, 1.0]
+    assert config["data"]["crop_ratio"] == pytest.approx([3 / 4, 4 / 3])
+    assert (config["objective"]["loss"], config["objective"]["head"]) == ("l1", "linear")
+    if name == "simmim_swinv2_g":
+        assert config["trainer"]["max_epochs"] == 20
+        assert config["optimizer"]["weight_decay"] == 0.1
+        assert config["optimizer"]["clip_grad_norm"] == 100
+        assert config["schedule"]["warmup_steps"] == 30_000
+        assert config["objective"]["target"] == "raw"
+    else:
+        assert config["trainer"]["max_epochs"] == 800
+        assert config["optimizer"]["weight_decay"] == 0.05
+        assert config["optimizer"]["clip_grad_norm"] == 5
+        assert config["model"]["drop_path"] == 0.1
+        assert (config["objective"]["target"], config["objective"]["target_window"]) == ("normalized", 47)
+        schedule = {
+            "name": config["schedule"]["name"],
+            "warmup_steps": length.steps(config["schedule"]["warmup_epochs"]),
+            "milestones": [length.steps(epoch) for epoch in config["schedule"]["milestone_epochs"]],
+            "total_steps": length.total_steps,
+            "final_ratio": config["schedule"]["final_ratio"],
+        }
+        epoch = length.steps_per_epoch
+        assert schedule["warmup_steps"] == 10 * epoch
+        factors = [lr_factor(at * epoch, **schedule) for at in (5, 10, 699.9, 700.1, 799)]
+        assert factors == pytest.approx([0.5, 1, 1, 0.1, 0.1], rel=1e-3)
+
+
+def test_recipe_headers_say_what_a_reader_needs():
+    for path in sorted((config_folder() / "experiment").glob("simmim_*.yaml")):
+        header = path.read_text().split("defaults:")[0]
+        for word in ("python -m simmim.pretrain experiment=" + path.stem, "Hardware:", "Time:", "Expect:"):
+            assert word in header, path.name
+
+
+@pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "model" and choice != "swinv2"])
+def test_every_model_builds_and_its_depths_can_be_overridden(choice):
+    config = config_of(f"model={choice}")
+    with torch.device("meta"):
+        encoder = create_encoder(**config["model"])
+    encoder.check_image_size(config["data"]["image_size"], config["data"]["image_size"])
+    stages = len(encoder.config["depths"])
+    config = config_of(f"model={choice}", f"model.depths={[1] * stages}".replace(" ", ""))
+    with torch.device("meta"):
+        assert create_encoder(**config["model"]).config["depths"] == [1] * stages
+
+
+def test_no_yaml_names_a_class():
+    for path in config_folder().rglob("*.yaml"):
+        assert "_target_" not in path.read_text(), path.name
+
+
+def test_the_default_run_masks_as_the_paper_in_tokens():
+    config = config_of()
+    encoder = create_encoder(**config["model"])
+    assert encoder.stride == config["masking"]["patch_size"]
+    assert math.isclose(config["masking"]["ratio"], 0.6)
+    assert yaml.safe_dump(config)

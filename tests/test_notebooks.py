@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+SOURCES = sorted(NOTEBOOKS.glob("*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMMIM_WORK", str(tmp_path))
+    monkeypatch.setenv("SIMMIM_OVERRIDES", "experiment=debug checkpoint.every_n_steps=2 checkpoint.keep=null")
+    notebook = jupytext.read(source)
+    NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    drawn = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in str(output)]
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_notebook_is_generated_from_its_source(source):
+    generated = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    cells = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    assert [(cell.cell_type, cell.source) for cell in generated.cells] == cells, "run `make notebooks`"
