@@ -56,7 +56,7 @@ else:
     synthetic = {"source": "synthetic", "channels": 3, "train_images": 1, "val_images": 4}
     _, source = create_sources(synthetic, (height, width))
     images = torch.stack([source.load(index)[0] for index in range(4)])
-images.shape
+print(f"{run}, {tuple(images.shape)} images")
 
 # %% [markdown]
 # ## Four panels

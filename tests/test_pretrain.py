@@ -214,12 +214,16 @@ def test_each_option_of_the_paper_trains(tmp_path, option):
 
 
 def test_wandb_offline_needs_neither_account_nor_network(tmp_path):
-    code = (
-        "from pathlib import Path; from simmim.command import compose_config; from simmim.pretrain import pretrain;"
-        f"pretrain(compose_config('pretrain', ['experiment=debug', 'logger=wandb'], output_dir=Path({str(tmp_path)!r})))"
-    )
+    code = """
+import sys
+from pathlib import Path
+from simmim.command import compose_config
+from simmim.pretrain import pretrain
+
+pretrain(compose_config("pretrain", ["experiment=debug", "logger=wandb"], output_dir=Path(sys.argv[1])))
+"""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path, timeout=200)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, cwd=tmp_path, timeout=200)
     (offline,) = (tmp_path / "wandb").glob("offline-run-*")
     assert len(list(offline.glob("files/media/images/reconstructions_*.png"))) == 2
     assert losses(tmp_path)

@@ -1,0 +1,69 @@
+import pytest
+from PIL import Image
+
+from simmim.command import compose_config
+from simmim.pretrain import pretrain
+from simmim.reconstruct import load_pretraining, masking_of, reconstruct
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    overrides = ["experiment=debug", "trainer.max_steps=2", "objective.target=normalized"]
+    pretrain(compose_config("pretrain", overrides, output_dir=folder))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    Image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "photos" / "a.png")
+    Image.effect_noise((30, 90), 60).convert("L").save(tmp_path / "photos" / "deep" / "b.jpg")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+def draw(run, photos, out, *overrides):
+    overrides = [f"encoder={run}", f"images={photos}", *overrides]
+    return reconstruct(compose_config("reconstruct", overrides, output_dir=out))
+
+
+def test_any_folder_of_images_is_drawn_and_what_cannot_be_read_is_named(run, photos, tmp_path, caplog):
+    picture = Image.open(draw(run, photos, tmp_path / "out"))
+    rows = (picture.height - 60) / (picture.width / 4)
+    assert 1.6 < rows < 2.4
+    assert "broken.jpg cannot be read" in caplog.text
+
+
+def test_a_file_and_a_checkpoint_will_do(run, photos, tmp_path):
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert draw(checkpoint, photos / "a.png", tmp_path / "out").exists()
+
+
+def test_the_same_seed_gives_the_same_picture_and_masking_can_change(run, photos, tmp_path):
+    first = draw(run, photos, tmp_path / "1").read_bytes()
+    assert draw(run, photos, tmp_path / "2").read_bytes() == first
+    assert draw(run, photos, tmp_path / "3", "masking.patch_size=8", "masking.ratio=0.3").read_bytes() != first
+    masking = masking_of(load_pretraining(run), patch_size=8, ratio=0.3, strategy=None)
+    assert (masking.patch_size, masking.ratio, masking.strategy) == (8, 0.3, "random")
+
+
+def test_the_caption_owns_up_to_true_statistics(run, photos, tmp_path, monkeypatch):
+    captions = []
+    monkeypatch.setattr("simmim.reconstruct.draw_panels", lambda *_, caption: captions.append(caption))
+    draw(run, photos, tmp_path)
+    assert captions == [
+        "60% of the 16-px cells hidden; the normalised target is undone with the true image's local mean and deviation"
+    ]
+
+
+def test_an_encoder_without_its_head_is_refused(run, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"without its prediction head: give the run folder"):
+        draw(run / "encoder.safetensors", photos, tmp_path)
+
+
+def test_no_image_is_one_line(run, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist"):
+        draw(run, tmp_path / "none", tmp_path)
+    with pytest.raises(ValueError, match=r"holds no image that can be read"):
+        draw(run, photos / "broken.jpg", tmp_path)
