@@ -26,7 +26,7 @@ from IPython.display import Image, display
 from simmim.command import compose_config
 from simmim.data.module import create_sources
 from simmim.masking import average_distance
-from simmim.pictures import draw_panels, reconstruction_caption
+from simmim.pictures import draw_panels
 from simmim.pretrain import pretrain
 from simmim.reconstruct import load_images, load_pretraining, masking_of
 from simmim.seeding import generator_from
@@ -77,11 +77,7 @@ def show(panels, name, titles, caption=""):
 
 masking = masking_of(task)
 masks = masks_of(masking)
-caption = reconstruction_caption(
-    ratio=masking.ratio,
-    patch_size=masking.patch_size,
-    normalized_target=task.network.target_window is not None,
-)
+caption = task.caption(ratio=masking.ratio, patch_size=masking.patch_size)
 titles = ("original", "masked", "reconstruction", "with visible part")
 show(task.panels(images, masks), "panels.png", titles, caption)
 

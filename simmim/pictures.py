@@ -63,15 +63,6 @@ def draw_panels(panels: Tensor, path: Path, *, titles: Sequence[str] = PANELS, c
     figure.savefig(path, dpi=max(110, min(300, width / side)))
 
 
-def reconstruction_caption(*, ratio: float, patch_size: int, normalized_target: bool, step: int | None = None) -> str:
-    """What must be said below a picture of reconstructions."""
-    at = "" if step is None else f"step {step}: "
-    caption = f"{at}{ratio:.0%} of the {patch_size}-px cells hidden"
-    if normalized_target:
-        caption += "; the normalised target is undone with the true image's local mean and deviation"
-    return caption
-
-
 def _for_display(image: Tensor) -> NDArray[np.float32]:
     image = image.detach().float().cpu().clamp(0, 1)
     image = image[:3] if image.shape[0] >= 3 else image[:1]

@@ -12,7 +12,7 @@ from simmim.data.decoding import UnreadableImage, decode
 from simmim.data.folder import list_images
 from simmim.data.transforms import centre_transform
 from simmim.masking import Masking, average_distance
-from simmim.pictures import draw_panels, reconstruction_caption
+from simmim.pictures import draw_panels
 from simmim.seeding import generator_from
 from simmim.tasks.pretraining import Pretraining
 from simmim.training.checkpoint import find_checkpoint
@@ -37,7 +37,8 @@ def reconstruct(config: Config) -> Path:
     images = load_images(Path(config["images"]), task, config["count"])
     masks = torch.stack([masking(generator_from(config["seed"], "mask", index)) for index in range(len(images))])
     path = Path(config["output_dir"]) / "reconstruction.png"
-    draw_panels(task.panels(images, masks), path, caption=caption(task, masking))
+    caption = task.caption(ratio=masking.ratio, patch_size=masking.patch_size)
+    draw_panels(task.panels(images, masks), path, caption=caption)
     distance = sum(average_distance(mask, masking.patch_size) for mask in masks) / len(masks)
     log.info(f"{len(images)} images, AvgDist of the masks {distance:.1f} px")
     log.info(f"picture    {path}")
@@ -92,15 +93,6 @@ def load_images(path: Path, task: Pretraining, count: int) -> Tensor:
     if not images:
         raise ValueError(f"images={path} holds no image that can be read")
     return torch.stack(images)
-
-
-def caption(task: Pretraining, masking: Masking) -> str:
-    """What must be said below a picture of this model and masking."""
-    return reconstruction_caption(
-        ratio=masking.ratio,
-        patch_size=masking.patch_size,
-        normalized_target=task.network.target_window is not None,
-    )
 
 
 if __name__ == "__main__":

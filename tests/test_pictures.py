@@ -1,7 +1,7 @@
 import torch
 from PIL import Image
 
-from simmim.pictures import GREY, draw_panels, four_panels, reconstruction_caption
+from simmim.pictures import GREY, draw_panels, four_panels
 
 
 def test_the_four_panels():
@@ -31,8 +31,3 @@ def test_the_panels_show_their_images(tmp_path):
     colours = Image.open(tmp_path / "red.png").convert("RGB").getcolors(100_000)
     shares = {colour: count for count, colour in colours}
     assert shares[(255, 0, 0)] > 0.5 * sum(shares.values())
-
-
-def test_the_caption_says_step_ratio_and_cells():
-    text = reconstruction_caption(ratio=0.6, patch_size=32, normalized_target=False, step=7)
-    assert text == "step 7: 60% of the 32-px cells hidden"

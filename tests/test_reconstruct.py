@@ -53,7 +53,8 @@ def test_the_caption_owns_up_to_true_statistics(run, photos, tmp_path, monkeypat
     monkeypatch.setattr("simmim.reconstruct.draw_panels", lambda *_, caption: captions.append(caption))
     draw(run, photos, tmp_path)
     assert captions == [
-        "60% of the 16-px cells hidden; the normalised target is undone with the true image's local mean and deviation"
+        "60% of the 16-px cells hidden; what is predicted for visible cells was never trained; "
+        "the normalised target is undone with the true image's local mean and deviation"
     ]
 
 

@@ -221,6 +221,15 @@ class Pretraining(LightningModule):
         predicted = self.network.reconstruct(normalized, mask)
         return four_panels(images / 255, self.denormalize(predicted), mask)
 
+    def caption(self, *, ratio: float, patch_size: int) -> str:
+        """What must be said below a picture of `panels`, for the masking that it shows."""
+        parts = [f"{ratio:.0%} of the {patch_size}-px cells hidden"]
+        if self.network.predict == "hidden":
+            parts.append("what is predicted for visible cells was never trained")
+        if self.network.target_window is not None:
+            parts.append("the normalised target is undone with the true image's local mean and deviation")
+        return "; ".join(parts)
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, c, H, W) to floats of zero mean and unit deviation, on their device."""
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
-from simmim.pictures import draw_panels, reconstruction_caption
+from simmim.pictures import draw_panels
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +104,10 @@ class Reconstructions(Callback):
         with trainer.precision_plugin.forward_context():
             panels = pl_module.panels(images, mask)
         path = self.folder / f"epoch_{round(trainer.global_step / self.steps_per_epoch):04d}.png"
-        caption = reconstruction_caption(
-            ratio=pl_module.hparams["masking"]["ratio"],
-            patch_size=pl_module.hparams["masking"]["patch_size"],
-            normalized_target=pl_module.network.target_window is not None,
-            step=trainer.global_step,
-        )
+        masking = pl_module.hparams["masking"]
+        caption = pl_module.caption(ratio=masking["ratio"], patch_size=masking["patch_size"])
         if trainer.is_global_zero:
-            draw_panels(panels, path, caption=caption)
+            draw_panels(panels, path, caption=f"step {trainer.global_step}: {caption}")
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_image("reconstructions", [str(path)])
