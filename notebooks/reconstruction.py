@@ -50,7 +50,7 @@ if not run.exists():
 
 task = load_pretraining(run)
 if folder := os.environ.get("SIMMIM_IMAGES"):
-    images = load_images(Path(folder), task, 4)
+    _, images = load_images(Path(folder), task, 4)
 else:
     height, width = task.hparams["image_size"]
     synthetic = {"source": "synthetic", "channels": 3, "train_images": 1, "val_images": 4}

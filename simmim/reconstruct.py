@@ -34,13 +34,15 @@ def reconstruct(config: Config) -> Path:
     """
     task = load_pretraining(Path(config["encoder"]))
     masking = masking_of(task, **config["masking"])
-    images = load_images(Path(config["images"]), task, config["count"])
+    names, images = load_images(Path(config["images"]), task, config["count"])
     masks = torch.stack([masking(generator_from(config["seed"], "mask", index)) for index in range(len(images))])
     path = Path(config["output_dir"]) / "reconstruction.png"
     caption = task.caption(ratio=masking.ratio, patch_size=masking.patch_size)
     draw_panels(task.panels(images, masks), path, caption=caption)
+    for name, loss, trivial in zip(names, *losses(task, images, masks), strict=True):
+        log.info(f"loss {loss:.3f}, {loss / trivial:.2f} of the visible mean's {trivial:.3f}: {name}")
     distance = sum(average_distance(mask, masking.patch_size) for mask in masks) / len(masks)
-    log.info(f"{len(images)} images, AvgDist of the masks {distance:.1f} px")
+    log.info(f"AvgDist of the masks {distance:.1f} px")
     log.info(f"picture    {path}")
     return path
 
@@ -72,8 +74,11 @@ def masking_of(task: Pretraining, **changes: Any) -> Masking:
     return Masking((height, width), model_patch_size=task.hparams["model"]["patch_size"], **settings)
 
 
-def load_images(path: Path, task: Pretraining, count: int) -> Tensor:
-    """The first readable images of a file or folder, cropped to the model's size: uint8 (B, C, H, W).
+def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], Tensor]:
+    """The first readable images of a file or folder, cropped to the model's size.
+
+    Returns:
+        Their paths, and uint8 (B, C, H, W).
 
     Raises:
         ValueError: If none can be read.
@@ -82,17 +87,26 @@ def load_images(path: Path, task: Pretraining, count: int) -> Tensor:
         raise ValueError(f"images={path} does not exist: give a file or a folder of images")
     height, width = task.hparams["image_size"]
     crop = centre_transform((height, width))
+    names: list[str] = []
     images: list[Tensor] = []
     for file in [path] if path.is_file() else (path / name for name in list_images(path)):
         try:
             images.append(crop(decode(file.read_bytes(), task.network.in_channels)))
+            names.append(str(file))
         except UnreadableImage as error:
             log.warning(f"{file} cannot be read ({error})")
         if len(images) == count:
             break
     if not images:
         raise ValueError(f"images={path} holds no image that can be read")
-    return torch.stack(images)
+    return names, torch.stack(images)
+
+
+@torch.no_grad()
+def losses(task: Pretraining, images: Tensor, masks: Tensor) -> tuple[list[float], list[float]]:
+    """The loss of each uint8 image (B, C, H, W), and that of the mean colour of its visible pixels."""
+    network, alone = task.network, [(task.normalize(i[None]), m[None]) for i, m in zip(images, masks, strict=True)]
+    return [float(network(*pair)) for pair in alone], [float(network.visible_mean_loss(*pair)) for pair in alone]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Progress(Callback):
         epoch = min(trainer.max_steps, trainer.global_step) / self.steps_per_epoch
         self.bar.set_description(f"epoch {epoch:.1f}", refresh=False)
         self.bar.set_postfix_str(
-            f"loss {float(outputs['loss']):.3f}, lr {_lr(trainer):.1e}, {self.images_per_second:.0f} images/s",
+            f"loss {float(outputs['loss']):.3f}, lr {_lr(trainer):.1e}, {self.images_per_second:.3g} images/s",
             refresh=False,
         )
         self.bar.update()
@@ -63,7 +63,7 @@ class Progress(Callback):
         metrics = trainer.callback_metrics
         train = f"train {float(metrics['train_loss']):.4f}, " if "train_loss" in metrics else ""
         loss, trivial = float(metrics["val_loss"]), float(metrics["val_loss_visible_mean"])
-        speed = f", {self.images_per_second:.0f} images/s" if self.steps_since else ""
+        speed = f", {self.images_per_second:.3g} images/s" if self.steps_since else ""
         log.info(
             f"epoch {trainer.global_step / self.steps_per_epoch:.1f}, step {trainer.global_step}: {train}"
             f"val {loss:.4f} ({loss / trivial:.2f} of the visible mean's {trivial:.4f}){speed}"
