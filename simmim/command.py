@@ -44,7 +44,9 @@ def compose_config(name: str, overrides: list[str], *, output_dir: Path) -> Conf
     """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return to_plain(compose(name, overrides=[*overrides, f"output_dir={output_dir}"]))
+        config = compose(name, overrides=overrides)
+    config.output_dir = str(output_dir)
+    return to_plain(config)
 
 
 def to_plain(config: DictConfig) -> Config:
@@ -72,7 +74,6 @@ def command(function: Callable[[Config], Any]) -> Callable[[], None]:
 
     @hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")
     def run(config: DictConfig) -> None:
-        _quieten_libraries()
         try:
             function(to_plain(config))
         except Exception as error:
@@ -140,10 +141,26 @@ def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if text.startswith("Caught ") and "in DataLoader worker" in text:  # the worker's whole traceback
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
-def _quieten_libraries() -> None:
+def check_number(key: str, value: Any, *, whole: bool = False, positive: bool = False, signed: bool = False) -> None:
+    """Refuses what is no number, no whole one, negative unless signed, or zero where it must be positive.
+
+    Raises:
+        ValueError: With the key, the value and what it must be.
+    """
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"{key}={value} must be {kind}")
+    if (value < 0 and not signed) or (positive and value == 0):
+        raise ValueError(f"{key}={value} must be {kind}, {'positive' if positive else 'at least 0'}")
+
+
+def quieten_libraries() -> None:
     """Hides what Lightning says about its own workings; warnings of other kinds stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\..*")

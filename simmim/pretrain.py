@@ -11,18 +11,20 @@ from typing import Any
 
 import lightning
 import torch
+import wandb
 from lightning import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, command
+from simmim.command import Config, check_number, command, quieten_libraries
 from simmim.data.module import MaskedImageData, create_sources, fixed_batch
 from simmim.encoders.weights import load_encoder_weights, save_encoder
 from simmim.masking import Masking
+from simmim.run_folder import ENCODER, step_of
 from simmim.tasks.pretraining import Pretraining
 from simmim.training.callbacks import Progress, Reconstructions, UnreadableImages
-from simmim.training.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint
+from simmim.training.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint, refuse_changed_settings
 from simmim.training.metrics import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -59,27 +61,34 @@ def pretrain(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: If the config contradicts itself or the data cannot be used.
     """
-    output_dir = Path(config["output_dir"])
+    quieten_libraries()
+    output_dir, image_size = Path(config["output_dir"]), _image_size(config)
     checkpoint = find_checkpoint(config["resume"], output_dir)
     task, data, length = build(config)
-    if config["encoder"] is not None and checkpoint is None:
-        log.info(load_encoder_weights(task.network.encoder, Path(config["encoder"])))
+    if checkpoint is not None:
+        refuse_changed_settings(checkpoint, dict(task.hparams))
+    elif config["encoder"] is not None:
+        log.info(load_encoder_weights(task.network.encoder, Path(config["encoder"]), image_size=image_size))
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config), output_dir / "config.yaml")
 
-    trainer = create_trainer(config, data, length, resumed_step=_step_of(checkpoint))
+    trainer = create_trainer(config, data, length, resumed_step=step_of(checkpoint) if checkpoint else 0)
     log.info(f"run folder {_shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
-    with logging_redirect_tqdm():
-        trainer.fit(task, data, ckpt_path=checkpoint)
-    if length.total_steps % length.steps_between_validations or "val_loss" not in trainer.callback_metrics:
-        trainer.validate(task, data, verbose=False)
-    encoder_path = output_dir / "encoder.safetensors"
-    save_encoder(task.network.encoder, encoder_path, image_size=_image_size(config))
+    try:
+        with logging_redirect_tqdm():
+            trainer.fit(task, data, ckpt_path=checkpoint)
+        if length.total_steps % length.steps_between_validations or "val_loss" not in trainer.callback_metrics:
+            trainer.validate(task, data, verbose=False)
+    finally:
+        if wandb.run is not None:
+            wandb.finish()  # else the next job of a sweep would write into this one's run
+    save_encoder(task.network.encoder, output_dir / ENCODER, image_size=image_size)
     return _summarise(output_dir, trainer)
 
 
 def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
     """The task, the data and the length of a run, all settings checked."""
+    check_numbers(config)
     torch.set_flush_denormal(True)  # the -100 of the shifted windows makes denormals, which a CPU is slow with
     lightning.seed_everything(config["seed"], verbose=False)
     data_config, image_size = config["data"], _image_size(config)
@@ -91,6 +100,7 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
         masking=masking,
         image_size=image_size,
         num_batches=length.total_steps * config["trainer"]["accumulate_grad_batches"],
+        on_gpu=_on_gpu(config),
         seed=config["seed"],
         **{key: data_config[key] for key in ("crop_scale", "crop_ratio", "batch_size", "num_workers")},
     )
@@ -117,26 +127,54 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
         seed=config["seed"],
     )
     task.network.encoder.check_image_size(*image_size)
+    if masking.patch_size % config["objective"]["target_downsampling"]:
+        raise ValueError(
+            f"objective.target_downsampling={config['objective']['target_downsampling']} must divide "
+            f"masking.patch_size={masking.patch_size}"
+        )
     _describe(config, task, data, length)
     return task, data, length
+
+
+def check_numbers(config: Config) -> None:
+    """Refuses numbers that are none, or out of range, before anything is built.
+
+    Raises:
+        ValueError: With the key and what it must be.
+    """
+    data, trainer, objective = config["data"], config["trainer"], config["objective"]
+    whole = {f"data.{key}": data[key] for key in ("channels", "batch_size")}
+    whole |= {f"objective.{key}": objective[key] for key in ("target_window", "target_downsampling")}
+    whole["trainer.accumulate_grad_batches"] = trainer["accumulate_grad_batches"]
+    whole["masking.patch_size"] = config["masking"]["patch_size"]
+    whole["model.patch_size"] = config["model"]["patch_size"]
+    whole["model.window_size"] = config["model"]["window_size"]
+    whole["checkpoint.every_n_steps"] = config["checkpoint"]["every_n_steps"]
+    whole |= {key: config[key] for key in ("log_every_n_steps", "pictures")}
+    if trainer["max_steps"] is not None:
+        whole["trainer.max_steps"] = trainer["max_steps"]
+    if config["checkpoint"]["keep"] is not None:
+        whole["checkpoint.keep"] = config["checkpoint"]["keep"]
+    for key, value in whole.items():
+        check_number(key, value, whole=True, positive=True)
+    check_number("seed", config["seed"], whole=True)
+    check_number("trainer.max_epochs", trainer["max_epochs"], positive=True)
+    check_number("masking.ratio", config["masking"]["ratio"], signed=True)  # `Masking` knows its range
+    check_number("model.drop_path", config["model"]["drop_path"])
+    check_number("data.max_bad_fraction", data["max_bad_fraction"])
+    for key in ("base_lr", "eps", "clip_grad_norm"):
+        check_number(f"optimizer.{key}", config["optimizer"][key], positive=True)
+    check_number("optimizer.weight_decay", config["optimizer"]["weight_decay"])
+    check_number("schedule.warmup_epochs", config["schedule"]["warmup_epochs"])
 
 
 def run_length(config: Config, images: int) -> Length:
     """Counts a run over so many training images in optimizer steps.
 
     Raises:
-        ValueError: If a count is not positive, or several devices are asked for.
+        ValueError: If several devices are asked for.
     """
     trainer = config["trainer"]
-    counts = {
-        "data.batch_size": config["data"]["batch_size"],
-        "trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"],
-        "trainer.max_epochs": trainer["max_epochs"],
-        "trainer.max_steps": 1 if trainer["max_steps"] is None else trainer["max_steps"],
-    }
-    for key, value in counts.items():
-        if not value > 0:
-            raise ValueError(f"{key}={value} must be positive")
     if trainer["devices"] != 1:
         raise ValueError(f"trainer.devices={trainer['devices']}: only one device is supported so far, give 1")
     images_per_step = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
@@ -156,9 +194,9 @@ def create_trainer(config: Config, data: MaskedImageData, length: Length, *, res
     return Trainer(
         accelerator=settings["accelerator"],
         devices=settings["devices"],
-        precision=_precision(settings["precision"]),
+        precision=_precision(config),
         max_steps=length.total_steps,
-        max_epochs=1,
+        max_epochs=-1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=config["optimizer"]["clip_grad_norm"],
         val_check_interval=length.steps_between_validations * accumulate,
@@ -172,13 +210,17 @@ def create_trainer(config: Config, data: MaskedImageData, length: Length, *, res
                 on_error=config["data"]["on_error"],
                 max_fraction=config["data"]["max_bad_fraction"],
             ),
-            Progress(steps_per_epoch=length.steps_per_epoch, images_per_step=length.images_per_step),
+            Progress(
+                steps_per_epoch=length.steps_per_epoch,
+                images_per_step=length.images_per_step,
+                every_n_steps=config["log_every_n_steps"],
+            ),
             Reconstructions(
                 output_dir / "reconstructions",
                 fixed_batch(data.val_samples, config["pictures"]),
                 steps_per_epoch=length.steps_per_epoch,
             ),
-            Checkpoints(output_dir / "checkpoints", **config["checkpoint"]),
+            Checkpoints(output_dir, **config["checkpoint"]),
         ],
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
@@ -192,17 +234,28 @@ def _loggers(config: Config, resumed_step: int) -> list[Logger]:
     output_dir = Path(config["output_dir"])
     loggers: list[Logger] = [MetricsFile(output_dir / "metrics.csv", until_step=resumed_step)]
     if config["logger"]["name"] == "wandb":
-        logger = config["logger"]
-        offline = logger["mode"] == "offline"
-        wandb = WandbLogger(name=config["name"], project=logger["project"], save_dir=output_dir, offline=offline)
-        wandb.log_hyperparams(config)
-        loggers.append(wandb)
+        project, mode = config["logger"]["project"], config["logger"]["mode"]
+        if mode not in ("offline", "online"):
+            raise ValueError(f"logger.mode={mode} is unknown: choose offline or online")
+        logger = WandbLogger(name=config["name"], project=project, save_dir=output_dir, offline=mode == "offline")
+        logger.log_hyperparams(config)
+        loggers.append(logger)
     return loggers
 
 
-def _precision(precision: str) -> Any:
+def _on_gpu(config: Config) -> bool:
+    accelerator = config["trainer"]["accelerator"]
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator=gpu, but PyTorch finds no GPU here: give trainer=cpu, or mend its driver")
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _precision(config: Config) -> Any:
+    precision = config["trainer"]["precision"]
     if precision == "auto":
-        return "bf16-mixed" if torch.cuda.is_available() else "32-true"
+        return "bf16-mixed" if _on_gpu(config) else "32-true"
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(
             f"trainer.precision={precision} is unknown: choose auto, 32-true or bf16-mixed (fp16 overflows)"
@@ -219,17 +272,15 @@ def _image_size(config: Config) -> tuple[int, int]:
 
 
 def _per_channel(data: Config, key: str) -> list[float]:
-    values: list[float] = data[key]
     channels: int = data["channels"]
+    values: list[float] = [data[key]] if isinstance(data[key], int | float) else data[key]
     if len(values) not in (1, channels):
         raise ValueError(
             f"data.{key}={values} has {len(values)} values for data.channels={channels}: give one, or one a channel"
         )
+    if key == "std" and min(values) <= 0:
+        raise ValueError(f"data.std={values} must be positive")
     return values * (channels // len(values))
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step_"))
 
 
 def _describe(config: Config, task: Pretraining, data: MaskedImageData, length: Length) -> None:
@@ -248,15 +299,19 @@ def _describe(config: Config, task: Pretraining, data: MaskedImageData, length: 
         f"lr         {config['optimizer']['base_lr']:g} base x {length.images_per_step} images a step / 512 = "
         f"{task.optimizer['lr']:.3g} after {task.schedule['warmup_steps']} steps of warm-up"
     )
+    if task.schedule["warmup_steps"] >= length.total_steps:
+        log.warning("the warm-up takes the whole run: give a smaller schedule.warmup_epochs")
 
 
 def _summarise(output_dir: Path, trainer: Trainer) -> dict[str, Any]:
     metrics = trainer.callback_metrics
     loss, trivial = float(metrics["val_loss"]), float(metrics["val_loss_visible_mean"])
     log.info(
-        f"validation loss {loss:.4f}: {loss / trivial:.2f} of the {trivial:.4f} that the mean colour of the visible "
-        "pixels gets (1.00 has learnt nothing, lower is better)"
+        f"validation loss {loss:.4f}: {loss / trivial:.2f} of the {trivial:.4f} that the mean of the visible pixels "
+        "gets (1.00 has learnt nothing, lower is better)"
     )
+    if (unreadable := output_dir / "bad_images.txt").exists():
+        log.info(f"unreadable {len(unreadable.read_text().splitlines())} images, replaced: {_shown(unreadable)}")
     folder = _shown(output_dir)
     if pictures := sorted((output_dir / "reconstructions").glob("*.png")):
         log.info(f"picture    {_shown(pictures[-1])}")

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim.command import Config, command
+from simmim.command import Config, check_number, command
 from simmim.data.decoding import UnreadableImage, decode
-from simmim.data.folder import list_images
+from simmim.data.folder import FolderSource
 from simmim.data.transforms import centre_transform
+from simmim.encoders.weights import read_encoder_weights
 from simmim.masking import Masking, average_distance
 from simmim.pictures import draw_panels
 from simmim.seeding import generator_from
 from simmim.tasks.pretraining import Pretraining
-from simmim.training.checkpoint import find_checkpoint
+from simmim.training.checkpoint import newest_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def reconstruct(config: Config) -> Path:
     Raises:
         ValueError: If the checkpoint has no prediction head, or no image can be read.
     """
+    check_number("count", config["count"], whole=True, positive=True)
     task = load_pretraining(Path(config["encoder"]))
     masking = masking_of(task, **config["masking"])
     names, images = load_images(Path(config["images"]), task, config["count"])
@@ -57,8 +59,8 @@ def load_pretraining(path: Path) -> Pretraining:
         raise ValueError(
             f"encoder={path} holds an encoder without its prediction head: give the run folder or a *.ckpt"
         )
-    checkpoint = find_checkpoint(str(path), path)
-    assert checkpoint is not None
+    checkpoint = newest_checkpoint(path, key="encoder")
+    read_encoder_weights(checkpoint)  # says in one line what is wrong with a file that is none of ours
     return Pretraining.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
 
 
@@ -83,23 +85,26 @@ def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], T
     Raises:
         ValueError: If none can be read.
     """
-    if not path.exists():
-        raise ValueError(f"images={path} does not exist: give a file or a folder of images")
+    channels = task.network.in_channels
     height, width = task.hparams["image_size"]
     crop = centre_transform((height, width))
-    names: list[str] = []
-    images: list[Tensor] = []
-    for file in [path] if path.is_file() else (path / name for name in list_images(path)):
+    if path.is_file():
         try:
-            images.append(crop(decode(file.read_bytes(), task.network.in_channels)))
-            names.append(str(file))
+            return [str(path)], crop(decode(path.read_bytes(), channels))[None]
         except UnreadableImage as error:
-            log.warning(f"{file} cannot be read ({error})")
-        if len(images) == count:
+            raise ValueError(f"images={path} cannot be read ({error})") from error
+    source = FolderSource(path, channels=channels, key="images")
+    readable: dict[str, Tensor] = {}
+    for index in range(len(source)):
+        try:
+            readable[source.name(index)] = crop(source.load(index)[0])
+        except UnreadableImage as error:
+            log.warning(f"{source.name(index)} cannot be read ({error})")
+        if len(readable) == count:
             break
-    if not images:
+    if not readable:
         raise ValueError(f"images={path} holds no image that can be read")
-    return names, torch.stack(images)
+    return list(readable), torch.stack(list(readable.values()))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ MODULES = {
 }
 COMMANDS = {"simmim.pretrain", "simmim.reconstruct"}
 LEVELS = [
-    {"simmim.seeding", "simmim.masking", "simmim.targets"},
+    {"simmim.seeding", "simmim.masking", "simmim.run_folder", "simmim.targets"},
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},
     {"simmim.tasks"},

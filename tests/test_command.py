@@ -1,10 +1,12 @@
 """What a person types and reads: errors, folders, sweeps. Real processes where the process is the claim."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from simmim.command import compose_config, explain
 from simmim.pretrain import pretrain
@@ -38,14 +40,21 @@ def error_of(*overrides, folder):
         ("data=folder", ["data.root must be given"]),
         ("masking.ratio=-0.2", ["masking.ratio=-0.2", "between 0 and 1"]),
         ("data.image_size=100", ["data.image_size=100x100", "masking.patch_size=16", "96x96"]),
-        ("model.window_size=3", ["image size 32x32 px does not fit", "window size 3"]),
+        ("model.window_size=3", ["image size 32x32 px does not fit", "model.window_size=3"]),
+        ("data.batch_size=many", ["data.batch_size=many must be a whole number"]),
+        ("data.crop_scale=[0.5,2]", ["data.crop_scale=[0.5, 2]", "at most 1"]),
+        ("data.std=[0]", ["data.std=[0] must be positive"]),
+        ("optimizer.clip_grad_norm=null", ["optimizer.clip_grad_norm=None must be a number"]),
+        ("optimizer.base_lr=0", ["optimizer.base_lr=0 must be a number, positive"]),
+        ("pictures=0", ["pictures=0 must be a whole number, positive"]),
+        ("objective.target_downsampling=32", ["objective.target_downsampling=32"]),
         ("trainer.precision=16-mixed", ["trainer.precision=16-mixed", "bf16-mixed"]),
         ("trainer.devices=2", ["trainer.devices=2"]),
-        ("data.batch_size=0", ["data.batch_size=0 must be positive"]),
+        ("data.batch_size=0", ["data.batch_size=0 must be a whole number, positive"]),
         ("data.mean=[0.5,0.5]", ["data.mean=[0.5, 0.5] has 2 values for data.channels=3"]),
         ("data.image_size=[32,32,32]", ["data.image_size=[32, 32, 32]", "[height, width]"]),
         ("data.on_error=ignore", ["data.on_error=ignore is unknown", "skip or raise"]),
-        ("checkpoint.every_n_steps=0", ["checkpoint.every_n_steps=0"]),
+        ("checkpoint.every_n_steps=0", ["checkpoint.every_n_steps=0 must be a whole number, positive"]),
         ("resume=elsewhere", ["resume=elsewhere is neither"]),
         ("encoder=elsewhere", ["elsewhere"]),
         ("schedule.name=linear", ["schedule.name=linear is unknown"]),
@@ -64,6 +73,24 @@ def test_a_missing_or_empty_folder_is_one_line(tmp_path):
     assert "data.root" in error_of("data=folder", f"data.root={tmp_path}/none", folder=tmp_path / "run")
     (tmp_path / "empty").mkdir()
     assert "holds no image" in error_of("data=folder", f"data.root={tmp_path}/empty", folder=tmp_path / "run")
+
+
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "give trainer=cpu" in error_of("trainer=gpu", folder=tmp_path)
+
+
+def test_the_error_of_a_worker_is_one_line(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(4):
+        (tmp_path / "photos" / f"{index}.jpg").write_bytes(b"no image")
+    settings = ["data=folder", f"data.root={tmp_path}/photos", "data.val_fraction=0.5", "data.num_workers=1"]
+    with pytest.raises(ValueError) as caught:
+        pretrain(compose_config("pretrain", ["experiment=debug", *settings], output_dir=tmp_path / "run"))
+    assert re.match(
+        r"\d images in a row cannot be read, the first being .*\.jpg: not an image", explain(caught.value, "")
+    )
 
 
 def test_the_process_prints_one_line_and_exits_with_1(tmp_path):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from simmim.command import compose_config
 from simmim.encoders.weights import load_encoder
 from simmim.pretrain import build, pretrain, run_length
-from simmim.training.checkpoint import list_checkpoints
+from simmim.run_folder import list_checkpoints
 
 
 def run(folder, *overrides):
@@ -32,7 +32,7 @@ def losses(folder):
 
 
 def weights(folder):
-    checkpoint = torch.load(list_checkpoints(folder / "checkpoints")[-1], weights_only=True)
+    checkpoint = torch.load(list_checkpoints(folder)[-1], weights_only=True)
     return checkpoint["state_dict"]
 
 
@@ -47,7 +47,7 @@ def test_a_run_folder_holds_what_the_contract_says(finished):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["data"]["image_size"] == 32
     assert "${" not in (folder / "config.yaml").read_text()
-    assert [p.name for p in list_checkpoints(folder / "checkpoints")] == [f"step_{n:07d}.ckpt" for n in (3, 6, 8)]
+    assert [p.name for p in list_checkpoints(folder)] == [f"step_{n:07d}.ckpt" for n in (3, 6, 8)]
     assert [p.name for p in sorted((folder / "reconstructions").iterdir())] == ["epoch_0001.png", "epoch_0002.png"]
     assert summary["step"] == 8
     assert summary["ratio"] == pytest.approx(summary["val_loss"] / summary["val_loss_visible_mean"])
@@ -71,12 +71,12 @@ def test_the_encoder_file_rebuilds_the_encoder_with_nothing_else(finished):
         assert torch.equal(value, trained[f"network.encoder.{name}"])
     with safe_open(folder / "encoder.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["image_size"]) == [32, 32]
-    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 2, 128)
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 2, 64)
 
 
 def test_a_checkpoint_opens_without_unpickling_and_has_plain_settings(finished):
     folder, _ = finished
-    checkpoint = torch.load(list_checkpoints(folder / "checkpoints")[-1], weights_only=True)
+    checkpoint = torch.load(list_checkpoints(folder)[-1], weights_only=True)
     assert checkpoint["hyper_parameters"]["masking"] == {"strategy": "random", "patch_size": 16, "ratio": 0.6}
 
 
@@ -101,7 +101,7 @@ def test_a_run_resumed_inside_an_epoch_is_bit_identical(tmp_path, num_workers):
                 "data.batch_size=4", "checkpoint.every_n_steps=3")  # fmt: skip
     run(tmp_path / "whole", *settings)
     run(tmp_path / "broken", *settings, "checkpoint.keep=null")
-    for late in list_checkpoints(tmp_path / "broken" / "checkpoints")[1:]:
+    for late in list_checkpoints(tmp_path / "broken")[1:]:
         late.unlink()  # as if killed after step 3, in the middle of the first epoch
     (tmp_path / "broken" / "encoder.safetensors").unlink()
     run(tmp_path / "broken", *settings, "resume=auto")
@@ -129,7 +129,7 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
     run(tmp_path / "small", "data.batch_size=2", "trainer.accumulate_grad_batches=4", "optimizer.eps=1e-6")
     for row, other in zip(metrics(tmp_path / "large"), metrics(tmp_path / "small"), strict=True):
         assert row["step"] == other["step"]
-        for key in ("grad_norm", "lr", "val_loss"):
+        for key in ("train_loss", "grad_norm", "lr", "val_loss"):
             if row[key]:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=2e-5), key
     large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
@@ -137,11 +137,44 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
 
 
 def test_validation_does_not_depend_on_the_batch_size(finished, tmp_path):
-    folder, summary = finished
-    for batch_size in (3, 5):
-        run(tmp_path / str(batch_size), f"data.batch_size={batch_size}", f"resume={folder}", "trainer.max_steps=8")
-        value = next(float(row["val_loss"]) for row in metrics(tmp_path / str(batch_size)) if row["val_loss"])
-        assert value == pytest.approx(summary["val_loss"], rel=1e-5)
+    folder, _ = finished
+    values = set()
+    for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):  # seven images: the last batches differ in size
+        sizes = (f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={accumulate}", "data.val_images=7")
+        values.add(round(run(tmp_path / str(batch_size), *sizes, f"resume={folder}")["val_loss"], 5))
+    assert len(values) == 1
+
+
+def test_a_finished_run_can_be_made_longer(finished, tmp_path):
+    folder, _ = finished
+    summary = run(tmp_path / "longer", f"resume={folder}", "trainer.max_epochs=4", "checkpoint.every_n_steps=100")
+    assert summary["step"] == 16
+    assert sorted(losses(tmp_path / "longer")) == list(range(9, 17))
+
+
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        ("optimizer.base_lr=1e-9", "optimizer.lr"),
+        ("optimizer.weight_decay=0.5", "optimizer.weight_decay"),
+        ("data.batch_size=16", "optimizer.lr"),
+        ("masking.ratio=0.3", "masking.ratio"),
+        ("model.drop_path=0.5", "model.drop_path"),
+        ("seed=3", "seed"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(finished, tmp_path, change, setting):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=rf"was trained with {setting}=.*encoder="):
+        run(tmp_path, f"resume={folder}", change)
+
+
+def test_an_encoder_does_not_change_its_windows_unnoticed(finished, tmp_path):
+    folder, _ = finished
+    larger = ("data.image_size=64", "model.window_size=8", "trainer.max_steps=1", f"encoder={folder}")
+    with pytest.raises(ValueError, match=r"model\.pretrained_window_size=\[4,4,2\]"):
+        run(tmp_path / "1", *larger)
+    run(tmp_path / "2", *larger, "model.pretrained_window_size=[4,4,2]")
 
 
 def test_a_stage_starts_from_another_runs_encoder(finished, tmp_path):

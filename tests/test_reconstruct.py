@@ -66,5 +66,9 @@ def test_an_encoder_without_its_head_is_refused(run, photos, tmp_path):
 def test_no_image_is_one_line(run, photos, tmp_path):
     with pytest.raises(ValueError, match=r"does not exist"):
         draw(run, tmp_path / "none", tmp_path)
-    with pytest.raises(ValueError, match=r"holds no image that can be read"):
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read \(not an image"):
         draw(run, photos / "broken.jpg", tmp_path)
+    (photos / "a.png").unlink()
+    (photos / "deep" / "b.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds no image that can be read"):
+        draw(run, photos, tmp_path)

@@ -1,11 +1,9 @@
 """Images below a folder: listing, classes, and a split that stays."""
 
-import contextlib
 import copy
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simmim.data.decoding import HEAD_BYTES, UnreadableImage, decode, image_format
+from simmim.run_folder import whole_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _LISTING_VERSION = "simmim folder listing 1"
 _CLOCK_TICK_NS = 2_000_000_000  # the coarsest time stamps of directories in use (FAT)
 
@@ -31,22 +30,20 @@ class FolderSource:
     or by number where all names are numbers (so that class folders 0 to 999 keep their meaning). Otherwise
     the images have no labels.
 
+    Args:
+        root: The folder; `~` is expanded.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        key: What the folder is called in messages.
+
     Attributes:
         root: The folder.
         classes: Class names; empty for unlabelled images. A subset keeps all of them.
+
+    Raises:
+        ValueError: If the folder does not exist, is no folder or holds no image; for other `channels`.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:
-        """List the folder; no image is decoded.
-
-        Args:
-            root: The folder; `~` is expanded.
-            channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
-            key: What the folder is called in messages.
-
-        Raises:
-            ValueError: If the folder does not exist, is no folder or holds no image; for other `channels`.
-        """
         if channels not in (1, 3, 4):
             raise ValueError(
                 f"data.channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
@@ -165,7 +162,7 @@ def _walk(root: Path) -> tuple[list[str], dict[str, int]]:
         try:
             entries = _visible_entries(root / folder)
         except PermissionError as error:  # lost+found at the top of a disk, for one
-            _log.warning("%s cannot be listed, its images are left out: %s", root / folder, error.strerror)
+            log.warning("%s cannot be listed, its images are left out: %s", root / folder, error.strerror)
             folders[folder] = time.time_ns()  # not to be cached: a change of permissions leaves the mtime alone
             continue
         for entry in entries:
@@ -260,21 +257,15 @@ def _read_listing(cache: Path, root: Path) -> list[str] | None:
         if all((root / name).stat().st_mtime_ns == at for name, at in zip(folders, mtimes, strict=True)):
             return list(names)
     except Exception as error:  # a damaged zip raises half a dozen kinds; listing anew is always right
-        _log.debug("no usable listing in %s: %s", cache, error)
+        log.debug("no usable listing in %s: %s", cache, error)
     return None
 
 
 def _write_listing(cache: Path, names: list[str], folders: dict[str, int]) -> None:
-    """Write under a temporary name, then rename; a cache folder that cannot be written is no error."""
+    """Keeps a listing; a cache folder that cannot be written is no error."""
     packed, packed_folders = _PackedStrings.pack(names), _PackedStrings.pack(list(folders))
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=cache.stem, suffix=".tmp")
-    except OSError as error:
-        _log.debug("the listing is not cached: %s", error)
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(cache) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 names=packed.text,
@@ -283,8 +274,5 @@ def _write_listing(cache: Path, names: list[str], folders: dict[str, int]) -> No
                 folder_ends=packed_folders.ends,
                 folder_mtimes_ns=np.array(list(folders.values()), dtype=np.int64),
             )
-        os.replace(temporary, cache)
     except OSError as error:
-        _log.debug("the listing is not cached: %s", error)
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        log.debug("the listing is not cached: %s", error)

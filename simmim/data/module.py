@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -59,6 +58,8 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
         images = FolderSource(config["root"], channels=channels)
         if config["val_root"] is not None:
             return images, FolderSource(config["val_root"], channels=channels, key="data.val_root")
+        if len(images) < 2:
+            raise ValueError(f"data.root={config['root']} holds one image only: give more, or data.val_root")
         return split_by_hash(images, config["val_fraction"])
     raise ValueError(f"data.source={source} is unknown: choose synthetic or folder")
 
@@ -118,8 +119,9 @@ class MaskedImageData(LightningDataModule):
         crop_scale: See `pretraining_transform`.
         crop_ratio: See `pretraining_transform`.
         batch_size: Images a device.
-        num_workers: Loader processes a device; None takes the machine's cores, at most 8, where a GPU trains, and
-            one where the training itself needs the cores.
+        num_workers: Loader processes a device; None takes the machine's cores, at most 8, beside a GPU, and one
+            where the training itself needs the cores.
+        on_gpu: Whether a GPU trains.
         num_batches: Training batches of the whole run.
         seed: Seed of order, transforms and masks.
     """
@@ -134,6 +136,7 @@ class MaskedImageData(LightningDataModule):
         crop_ratio: Sequence[float],
         batch_size: int,
         num_workers: int | None,
+        on_gpu: bool,
         num_batches: int,
         seed: int,
     ) -> None:
@@ -143,8 +146,9 @@ class MaskedImageData(LightningDataModule):
         self.train_samples = MaskedSamples(train, transform, masking, seed)
         self.val_samples = MaskedSamples(validation, centre_transform(image_size), masking, seed)
         self.batch_size = batch_size
-        cores = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 1
-        self.num_workers = cores if num_workers is None else num_workers
+        workers = min(8, os.cpu_count() or 1) if on_gpu else 1
+        self.num_workers = workers if num_workers is None else num_workers
+        self.on_gpu = on_gpu
         self.num_batches = num_batches
         self.seed = seed
 
@@ -176,7 +180,7 @@ class MaskedImageData(LightningDataModule):
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.on_gpu,
             persistent_workers=self.num_workers > 0,
         )
 

@@ -34,22 +34,20 @@ class SyntheticSource:
 
     All leaves of a picture have one shape and one kind of texture: these make its class.
 
+    Args:
+        size: Number of pictures.
+        image_size: Height and width in pixels.
+        channels: Any number; neighbouring channels are correlated, as in a spectrum.
+        seed: Not negative; another seed gives other pictures.
+
     Attributes:
         classes: Names of the classes, such as "striped disc".
+
+    Raises:
+        ValueError: If `size`, `channels` or a side is not positive, or `seed` is negative.
     """
 
     def __init__(self, size: int, image_size: tuple[int, int], *, channels: int = 3, seed: int = 0) -> None:
-        """Describe the set; a picture is drawn when it is loaded.
-
-        Args:
-            size: Number of pictures.
-            image_size: Height and width in pixels.
-            channels: Any number; neighbouring channels are correlated, as in a spectrum.
-            seed: Not negative; another seed gives other pictures.
-
-        Raises:
-            ValueError: If `size`, `channels` or a side is not positive, or `seed` is negative.
-        """
         if min(size, channels, *image_size) < 1 or seed < 0:
             raise ValueError(
                 f"synthetic images: size={size}, image_size={tuple(image_size)} and channels={channels} "

@@ -27,20 +27,21 @@ def pretraining_transform(
     for key, (low, high) in {"crop_scale": crop_scale, "crop_ratio": crop_ratio}.items():
         if not 0 < low <= high:
             raise ValueError(f"data.{key}=[{low}, {high}] must be positive, the smaller number first")
+    if crop_scale[1] > 1:
+        raise ValueError(f"data.crop_scale={list(crop_scale)} are shares of the image's area, at most 1")
     crop = v2.RandomResizedCrop(image_size, scale=tuple(crop_scale), ratio=tuple(crop_ratio), antialias=True)
     transform: Transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
     return transform
 
 
 def centre_transform(image_size: tuple[int, int]) -> Transform:
-    """Resizes an image until it just covers the frame, and crops the centre: for validation and pictures."""
-    return partial(_cover_and_crop, image_size=image_size)
+    """Takes the largest centred part of the frame's aspect, and resizes it: for validation and pictures."""
+    return partial(_crop_and_resize, image_size=image_size)
 
 
-def _cover_and_crop(image: Tensor, image_size: tuple[int, int]) -> Tensor:
-    pairs = list(zip(image_size, image.shape[-2:], strict=True))
-    scale = max(target / length for target, length in pairs)
-    size = [max(target, round(length * scale)) for target, length in pairs]
-    image = v2.functional.resize(image, size, antialias=True)
-    image = v2.functional.center_crop(image, list(image_size))
+def _crop_and_resize(image: Tensor, image_size: tuple[int, int]) -> Tensor:
+    # In this order, since a banner of 10 x 10,000 px resized first would fill the memory.
+    scale = max(target / length for target, length in zip(image_size, image.shape[-2:], strict=True))
+    part = [max(1, round(target / scale)) for target in image_size]
+    image = v2.functional.resize(v2.functional.center_crop(image, part), list(image_size), antialias=True)
     return image

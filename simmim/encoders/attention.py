@@ -15,15 +15,19 @@ MAX_LOG_SCALE = math.log(100)
 """The learnt scale never exceeds 100: a temperature of at least 0.01."""
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """The formula as it stands: softmax(query key^T + bias) value."""
-    logits = query @ key.transpose(-2, -1) + bias  # (B, N, n, T, T)
-    return logits.float().softmax(dim=-1).to(value.dtype) @ value
+def reference_attention(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The formula as it stands: softmax(scale * query key^T + bias) value, with the logits in fp32."""
+    cosine = query @ key.transpose(-2, -1)  # (B, N, n, T, T)
+    return (cosine.float() * scale + bias).softmax(dim=-1).to(value.dtype) @ value
 
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """The same through PyTorch's fused `scaled_dot_product_attention`."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The same through PyTorch's fused `scaled_dot_product_attention`, whose kernels take one batch dimension."""
+    batched = bias.ndim == 3  # then the windows join the images, else, with a bias for each window, the heads
+    join = (0, 1) if batched else (1, 2)
+    bias = (bias if batched else bias.flatten(0, 1)).to(value.dtype)[None]
+    query, key, joined = ((query * scale).to(value.dtype).flatten(*join), key.flatten(*join), value.flatten(*join))
+    return F.scaled_dot_product_attention(query, key, joined, attn_mask=bias, scale=1.0).view_as(value)
 
 
 IMPLEMENTATIONS = {"reference": reference_attention, "sdpa": sdpa_attention}
@@ -68,8 +72,8 @@ def cosine_attention(
         (B, N, n, T, d) in the precision of value.
     """
     scale = log_scale.clamp(max=MAX_LOG_SCALE).exp()
-    query = (F.normalize(query.float(), dim=-1) * scale).to(value.dtype)  # in fp32: a norm overflows in half
+    query = F.normalize(query.float(), dim=-1).to(value.dtype)  # in fp32: the square of a norm overflows in half
     key = F.normalize(key.float(), dim=-1).to(value.dtype)
     bias = position_bias if mask is None else position_bias + mask[:, None]  # (n, T, T) or (N, n, T, T)
     attend = IMPLEMENTATIONS[resolve_implementation(implementation, query.device)]
-    return attend(query, key, value, bias.to(value.dtype))
+    return attend(query, key, value, scale, bias)

@@ -14,27 +14,30 @@ HIDDEN_WIDTH = 512
 """Width of the hidden layer of the bias network, in all released models."""
 
 
-def log_spaced_offsets(window: tuple[int, int], trained_window: tuple[int, int]) -> Tensor:
+@lru_cache(maxsize=32)
+def log_spaced_offsets(window: tuple[int, int], trained_window: tuple[int, int], device: torch.device) -> Tensor:
     """All offsets between two tokens of a window, in log space (equation 5).
 
     Args:
         window: Height and width of the window in tokens.
         trained_window: The window that the bias network was trained with: its largest offset maps to 8 before
             the logarithm, so offsets beyond it extrapolate.
+        device: Where to.
 
     Returns:
         Float ((2h - 1) * (2w - 1), 2), row offset before column offset, row-major, most negative first.
     """
     axes = []
-    for size, trained in zip(window, trained_window, strict=True):
-        offset = torch.arange(1 - size, size, dtype=torch.float32)
-        offset = 8 * offset / max(trained - 1, 1)
-        axes.append(offset.sign() * torch.log2(1 + offset.abs()) / math.log2(8))
-    return torch.cartesian_prod(*axes)
+    with torch.inference_mode(False):  # a cached inference tensor could not serve training later
+        for size, trained in zip(window, trained_window, strict=True):
+            offset = torch.arange(1 - size, size, dtype=torch.float32, device=device)
+            offset = 8 * offset / max(trained - 1, 1)
+            axes.append(offset.sign() * torch.log2(1 + offset.abs()) / math.log2(8))
+        return torch.cartesian_prod(*axes)
 
 
 @lru_cache(maxsize=32)
-def offset_index(window: tuple[int, int]) -> Tensor:
+def offset_index(window: tuple[int, int], device: torch.device) -> Tensor:
     """For each pair (query, key) of a window, the row of its offset in `log_spaced_offsets`.
 
     Returns:
@@ -42,7 +45,7 @@ def offset_index(window: tuple[int, int]) -> Tensor:
     """
     height, width = window
     with torch.inference_mode(False):  # a cached inference tensor could not serve training later
-        token = torch.arange(height * width, device="cpu")
+        token = torch.arange(height * width, device=device)
         row, column = token // width, token % width
         rows = row[:, None] - row[None, :] + height - 1  # (T, T), 0 to 2h - 2
         columns = column[:, None] - column[None, :] + width - 1
@@ -66,9 +69,9 @@ class LogSpacedPositionBias(nn.Module):
         """Bias of a window of (h, w) tokens: (n, T, T), in the precision of the weights."""
         weight = next(self.mlp.parameters())
         trained = window if self.trained_window is None else (self.trained_window, self.trained_window)
-        offsets = log_spaced_offsets(window, trained).to(weight)
+        offsets = log_spaced_offsets(window, trained, weight.device).to(weight.dtype)
         with torch.autocast(weight.device.type, enabled=False):  # a bias of up to 16 needs more than 8 bits
             table: Tensor = 16 * torch.sigmoid(self.mlp(offsets))  # (offsets, n)
         tokens = window[0] * window[1]
-        index = offset_index(window).to(weight.device)
+        index = offset_index(window, weight.device)
         return table.t().index_select(1, index.flatten()).view(-1, tokens, tokens)  # (n, T, T)

@@ -69,9 +69,13 @@ def from_windows(windows: Tensor, window: tuple[int, int], size: tuple[int, int]
 
 @lru_cache(maxsize=64)
 def window_mask(
-    size: tuple[int, int], padded: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+    size: tuple[int, int],
+    padded: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device,
 ) -> Tensor | None:
-    """What to add to the logits of each window after a cyclic shift and a padding of the map.
+    """What to add to the logits of each window after a padding and a cyclic shift of the map.
 
     Tokens of one window that were not neighbours before the shift get -100; padding is unreachable.
 
@@ -80,25 +84,28 @@ def window_mask(
         padded: The same after padding to whole windows.
         window: Height and width of a window in tokens.
         shift: Rows and columns that the padded map was rolled up and left by.
+        device: Where to.
 
     Returns:
         Float (N, T, T), or None where every window is one region.
     """
     if size == padded and shift == (0, 0):
         return None
-    region = torch.zeros(padded, dtype=torch.int64)
-    for axis, (length, w, s) in enumerate(zip(padded, window, shift, strict=True)):
-        at = torch.arange(length)
-        band = (at >= length - w).long() + (at >= length - s).long() if s else torch.zeros_like(at)
-        region += band.unsqueeze(1 - axis) * 3**axis
-    real = F.pad(torch.ones(size, dtype=torch.bool), (0, padded[1] - size[1], 0, padded[0] - size[0]))
-    real = real.roll((-shift[0], -shift[1]), dims=(0, 1))
-    regions = to_windows(region[None, :, :, None], window).squeeze(0, 3)  # (N, T)
-    reals = to_windows(real[None, :, :, None], window).squeeze(0, 3)
-    mask = torch.zeros(*regions.shape, regions.shape[1])
-    mask[regions[:, :, None] != regions[:, None, :]] = CROSS_REGION
-    mask[reals[:, :, None] != reals[:, None, :]] = -torch.inf
-    return mask
+    with torch.inference_mode(False):  # a cached inference tensor could not serve training later
+        region = torch.zeros(padded, dtype=torch.int64, device=device)
+        for axis, (length, w, s) in enumerate(zip(padded, window, shift, strict=True)):
+            at = torch.arange(length, device=device)
+            band = (at >= length - w).long() + (at >= length - s).long() if s else torch.zeros_like(at)
+            region += band.unsqueeze(1 - axis) * 3**axis
+        real = torch.zeros(padded, dtype=torch.bool, device=device)
+        real[: size[0], : size[1]] = True
+        real = real.roll((-shift[0], -shift[1]), dims=(0, 1))
+        regions = to_windows(region[None, :, :, None], window).squeeze(0, 3)  # (N, T)
+        reals = to_windows(real[None, :, :, None], window).squeeze(0, 3)
+        mask = torch.zeros(*regions.shape, regions.shape[1], device=device)
+        mask[regions[:, :, None] != regions[:, None, :]] = CROSS_REGION
+        mask[reals[:, :, None] != reals[:, None, :]] = -torch.inf
+        return mask
 
 
 class WindowAttention(nn.Module):
@@ -192,8 +199,8 @@ class Block(nn.Module):
         bottom, right = -height % window[0], -width % window[1]
         x = F.pad(x, (0, 0, 0, right, 0, bottom)).roll((-shift[0], -shift[1]), dims=(1, 2))
         padded = (height + bottom, width + right)
-        mask = window_mask((height, width), padded, window, shift)
-        windows = self.attention(to_windows(x, window), window, None if mask is None else mask.to(x.device))
+        mask = window_mask((height, width), padded, window, shift, x.device)
+        windows = self.attention(to_windows(x, window), window, mask)
         x = from_windows(windows, window, padded).roll(shift, dims=(1, 2))
         return x[:, :height, :width]
 
@@ -383,8 +390,9 @@ class SwinTransformerV2(nn.Module):
         if bad:
             ways = "; ".join(f"{size} -> {' or '.join(map(str, near))}" for size, near in bad.items())
             raise ValueError(
-                f"image size {height}x{width} px does not fit patch size {self.patch_size} and window size "
-                f"{self.window_size}: the nearest sizes that do are {ways} (or change the window size)"
+                f"image size {height}x{width} px does not fit model.patch_size={self.patch_size} and "
+                f"model.window_size={self.window_size}: the nearest data.image_size that do are {ways}, or change "
+                "the window"
             )
 
     def _stage_outputs(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -413,7 +421,7 @@ class SwinTransformerV2(nn.Module):
 def _per_stage(value: int | Sequence[int] | None, stages: int) -> list[Any]:
     values = [value] * stages if value is None or isinstance(value, int) else list(value)
     if len(values) != stages:
-        raise ValueError(f"pretrained_window_size={values} must be one number or one for each of {stages} stages")
+        raise ValueError(f"model.pretrained_window_size={values} must be one number or one for each of {stages} stages")
     return values
 
 
@@ -428,8 +436,10 @@ def _check(
 ) -> None:
     if len(depths) != len(num_heads) or not depths:
         raise ValueError(f"model.depths={list(depths)} and model.num_heads={list(num_heads)} must name the same stages")
-    if min(embed_dim, window_size, patch_size, in_channels, *depths, *num_heads) < 1:
-        raise ValueError("model: embed_dim, depths, num_heads, window_size, patch_size and channels must be positive")
+    numbers = {"embed_dim": embed_dim, "window_size": window_size, "patch_size": patch_size, "in_channels": in_channels}
+    for key, value in {**numbers, "depths": min(depths), "num_heads": min(num_heads)}.items():
+        if value < 1:
+            raise ValueError(f"model.{key}={value} must be positive")
     if not 0 <= drop_path < 1:
         raise ValueError(f"model.drop_path={drop_path} must be at least 0 and below 1")
     for stage, heads in enumerate(num_heads):

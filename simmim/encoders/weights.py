@@ -5,7 +5,6 @@ functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike.
 """
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIX = "network.encoder."
 """Where a training checkpoint's state dict keeps the encoder."""
@@ -130,17 +130,11 @@ def save_encoder(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[in
         "image_size": json.dumps(image_size),
         "windows": json.dumps(encoder.windows(*image_size)),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would keep others out
         save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, temporary, metadata)
         temporary.chmod(mode)
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)  # the new name too must survive a power cut
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_encoder(path: Path) -> SwinTransformerV2:
@@ -161,28 +155,33 @@ def load_encoder(path: Path) -> SwinTransformerV2:
     return encoder
 
 
-def load_encoder_weights(encoder: SwinTransformerV2, path: Path) -> str:
+def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int]) -> str:
     """Loads weights into an encoder that exists, which keeps its own windows, stochastic depth and attention.
 
     Args:
         encoder: What to load into.
         path: What `read_encoder_weights` reads.
+        image_size: Height and width in pixels that the encoder is going to see.
 
     Returns:
         One sentence for the log: what was loaded, from where, and how it was trained.
 
     Raises:
-        ValueError: If there are no weights of ours, or a name or shape differs.
+        ValueError: If there are no weights of ours, a name or shape differs, or the windows change and the model
+            does not say which windows the position bias was trained with.
     """
     file = find_encoder_file(path)
     weights, metadata = read_encoder_weights(file)
     _check_fit(encoder, weights, metadata, file)
+    trained = metadata["windows"]
+    if trained is not None:
+        _check_windows(encoder, trained, image_size, file)
     encoder.load_state_dict(weights)
     parameters = sum(weight.numel() for weight in weights.values()) / 1e6
     report = f"Loaded all {len(weights)} tensors of the encoder ({parameters:.1f} M parameters) from {file}"
-    if metadata["image_size"] is None:
+    if trained is None:
         return f"{report}, trained at an unknown image size."
-    windows = ", ".join(f"{height}x{width}" for height, width in metadata["windows"])
+    windows = ", ".join(map(_by, trained))
     return f"{report}, trained at {_by(metadata['image_size'])} px with windows of {windows} tokens."
 
 
@@ -220,19 +219,15 @@ def find_encoder_file(path: Path) -> Path:
 
 
 def _find_in_run(folder: Path) -> Path:
-    if (folder / "encoder.safetensors").is_file():
-        return folder / "encoder.safetensors"
-    steps = {
-        int(found[1]): file
-        for file in folder.glob("checkpoints/step_*.ckpt")
-        if file.is_file() and (found := re.fullmatch(r"step_(\d+)", file.stem))
-    }
-    if not steps:
+    if (folder / ENCODER).is_file():
+        return folder / ENCODER
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
         raise ValueError(
             f"encoder={folder} is no run folder with weights: it holds neither encoder.safetensors nor "
             "a file checkpoints/step_*.ckpt"
         )
-    return steps[max(steps)]
+    return checkpoints[-1]
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -292,6 +287,19 @@ def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata:
         f"{len(wrong)} tensors differ in name or shape, the first {', '.join(first)}: choose the model that "
         "it was trained as"
     )
+
+
+def _check_windows(
+    encoder: SwinTransformerV2, trained: list[list[int]], image_size: tuple[int, int], file: Path
+) -> None:
+    now = [list(window) for window in encoder.windows(*image_size)]
+    if trained != now and encoder.config["pretrained_window_size"] is None:
+        sides = ",".join(str(max(window)) for window in trained)
+        raise ValueError(
+            f"encoder={file} was trained with windows of {', '.join(map(_by, trained))} tokens, and the model has "
+            f"{', '.join(map(_by, now))}: give model.pretrained_window_size=[{sides}], or the position bias would "
+            "mean other offsets"
+        )
 
 
 def _rename_ours(state: Mapping[str, Tensor], names: dict[str, str], library: str) -> dict[str, Tensor]:
@@ -365,14 +373,6 @@ def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif leaf not in ("key.weight", "value.weight"):
             joined[key] = value.flatten() if key == "mask_token" else value
     return joined
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _by(size: Iterable[int]) -> str:

@@ -91,9 +91,8 @@ class MaskedImageModel(nn.Module):
         features = self.encoder(images, mask)  # (B, h, w, C)
         target = self.to_tokens(self.target(images))  # (B, h, w, c, r * r)
         counted = self.to_tokens(self.counted_pixels(mask, images))  # (B, h, w, 1, r * r)
-        needed = counted.any(dim=-1).squeeze(-1)  # (B, h, w): the head runs on the tokens that the loss reads
-        predicted = self.head(features[needed])  # (K, c * r * r)
-        predicted = predicted.view(-1, self.in_channels, self.side**2)
+        needed = counted.any(dim=-1).squeeze(-1).nonzero(as_tuple=True)  # K places: what the loss reads
+        predicted = self.head(features[needed]).view(-1, self.in_channels, self.side**2)  # (K, c, r * r)
         return self.mean_error(predicted, target[needed], counted[needed])
 
     def mean_error(self, predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -159,6 +158,9 @@ class Pretraining(LightningModule):
         seed: Seeds the stochastic depth of every step.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         *,
@@ -177,16 +179,21 @@ class Pretraining(LightningModule):
         self.network = MaskedImageModel(create_encoder(**model), **objective)
         self.optimizer = optimizer
         self.schedule = schedule
-        self.mean, self.std = mean, std
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.seed = seed
+        self.micro_losses: list[Tensor] = []
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """The loss of one batch."""
         # Stochastic depth draws from the global generator: seeded a step, so that a resumed run draws the same.
         torch.manual_seed(derive_seed(self.seed, "step", batch_index, self.global_rank))
         loss: Tensor = self.network(self.normalize(batch["image"]), batch["mask"])
-        self.log("train_loss", loss)
-        self.log("step", float(self.global_step + 1))  # the x axis of all loggers: optimizer steps done
+        self.micro_losses.append(loss.detach())
+        if (batch_index + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.log("train_loss", torch.stack(self.micro_losses).mean())  # of the whole batch, accumulated or not
+            self.log("step", float(self.global_step + 1))  # the x axis of all loggers: optimizer steps done
+            self.micro_losses.clear()
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
@@ -196,7 +203,7 @@ class Pretraining(LightningModule):
         self.log("val_loss", self.network(images, mask), batch_size=pixels, sync_dist=True)
         trivial = self.network.visible_mean_loss(images, mask)
         self.log("val_loss_visible_mean", trivial, batch_size=pixels, sync_dist=True)
-        self.log("step", float(self.global_step), sync_dist=True)
+        self.log("step", float(self.global_step), reduce_fx="max", sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, in optimizer steps."""
@@ -232,15 +239,11 @@ class Pretraining(LightningModule):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, c, H, W) to floats of zero mean and unit deviation, on their device."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return (images.float() / 255 - mean) / std
+        return (images.float() / 255 - self.mean) / self.std
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undoes `normalize`, to floats between 0 and 1."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return (images * std + mean).clamp(0, 1)
+        return (images * self.std + self.mean).clamp(0, 1)
 
 
 def _choose(key: str, value: str, options: list[str]) -> None:

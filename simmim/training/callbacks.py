@@ -1,6 +1,7 @@
 """What a run says and draws while it trains, and when it stops itself."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,42 +21,46 @@ class Progress(Callback):
     Args:
         steps_per_epoch: Optimizer steps that count as an epoch.
         images_per_step: Images of a global batch.
+        every_n_steps: Optimizer steps between two readings of the loss, each of which waits for the device.
     """
 
-    def __init__(self, *, steps_per_epoch: int, images_per_step: int) -> None:
+    def __init__(self, *, steps_per_epoch: int, images_per_step: int, every_n_steps: int) -> None:
         self.steps_per_epoch = steps_per_epoch
         self.images_per_step = images_per_step
+        self.every_n_steps = every_n_steps
         self.bar: tqdm[Any] | None = None
-        self.started = 0.0
+        self.started: float | None = None
         self.steps_since = 0
+        self.images_per_second = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar where the run stands; without a terminal there is none."""
         self.bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None,
+            total=trainer.max_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True, disable=None
         )
-        self._restart_clock()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock behind a validation, so that it measures training alone."""
+        if self.started is None:
+            self.started, self.steps_since = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar after each optimizer step."""
         assert self.bar is not None
+        assert self.started is not None
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.steps_since += 1
+        self.images_per_second = self.steps_since * self.images_per_step / (time.perf_counter() - self.started)
         pl_module.log("lr", _lr(trainer))
         pl_module.log("images_per_second", self.images_per_second)
-        epoch = min(trainer.max_steps, trainer.global_step) / self.steps_per_epoch
-        self.bar.set_description(f"epoch {epoch:.1f}", refresh=False)
-        self.bar.set_postfix_str(
-            f"loss {float(outputs['loss']):.3f}, lr {_lr(trainer):.1e}, {self.images_per_second:.3g} images/s",
-            refresh=False,
-        )
+        if not self.bar.disable and trainer.global_step % self.every_n_steps == 0:
+            loss = float(trainer.callback_metrics["train_loss"])
+            speed = f"{self.images_per_second:.3g} images/s"
+            self.bar.set_description(f"epoch {trainer.global_step / self.steps_per_epoch:.1f}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {_lr(trainer):.1e}, {speed}", refresh=False)
         self.bar.update()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,20 +73,12 @@ class Progress(Callback):
             f"epoch {trainer.global_step / self.steps_per_epoch:.1f}, step {trainer.global_step}: {train}"
             f"val {loss:.4f} ({loss / trivial:.2f} of the visible mean's {trivial:.4f}){speed}"
         )
-        self._restart_clock()
+        self.started = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the bar."""
         if self.bar is not None:
             self.bar.close()
-
-    @property
-    def images_per_second(self) -> float:
-        """Mean since the last validation, over all devices."""
-        return self.steps_since * self.images_per_step / max(time.perf_counter() - self.started, 1e-9)
-
-    def _restart_clock(self) -> None:
-        self.started, self.steps_since = time.perf_counter(), 0
 
 
 class Reconstructions(Callback):
@@ -103,7 +100,7 @@ class Reconstructions(Callback):
         images, mask = (self.batch[key].to(pl_module.device) for key in ("image", "mask"))
         with trainer.precision_plugin.forward_context():
             panels = pl_module.panels(images, mask)
-        path = self.folder / f"epoch_{round(trainer.global_step / self.steps_per_epoch):04d}.png"
+        path = self.folder / f"epoch_{math.ceil(trainer.global_step / self.steps_per_epoch):04d}.png"
         masking = pl_module.hparams["masking"]
         caption = pl_module.caption(ratio=masking["ratio"], patch_size=masking["patch_size"])
         if trainer.is_global_zero:

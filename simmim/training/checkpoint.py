@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent, and which one a run continues from."""
 
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +8,18 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from simmim.run_folder import CHECKPOINTS, checkpoint_name, list_checkpoints, step_of, whole_file
+
+log = logging.getLogger(__name__)
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name in the same folder, flushes to the disk, and renames; reads tensors only."""
+    """Writes a checkpoint whole or not at all, straight to the disk, and reads tensors only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint that is either whole or not there."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Writes a checkpoint; one of the same name stays until the new one is whole."""
+        with whole_file(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Reads a checkpoint without ever unpickling code."""
@@ -32,18 +27,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Callback):
-    """Writes `step_<n>.ckpt` every n optimizer steps and at the end, and keeps the newest.
+    """Writes `checkpoints/step_<n>.ckpt` every n optimizer steps and at the end, and keeps the newest.
 
     Args:
-        folder: Where to.
+        run: The run folder.
         every_n_steps: Optimizer steps between two.
         keep: How many of the newest to keep; None keeps all.
     """
 
-    def __init__(self, folder: Path, *, every_n_steps: int, keep: int | None) -> None:
-        if every_n_steps < 1 or (keep is not None and keep < 1):
-            raise ValueError(f"checkpoint.every_n_steps={every_n_steps} and checkpoint.keep={keep} must be positive")
-        self.folder = folder
+    def __init__(self, run: Path, *, every_n_steps: int, keep: int | None) -> None:
+        self.run = run
         self.every_n_steps = every_n_steps
         self.keep = keep
 
@@ -60,49 +53,81 @@ class Checkpoints(Callback):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        path = self.folder / f"step_{trainer.global_step:07d}.ckpt"
+        path = self.run / CHECKPOINTS / checkpoint_name(trainer.global_step)
         if not path.exists():
             trainer.save_checkpoint(path)
         if self.keep is not None:
-            for old in list_checkpoints(self.folder)[: -self.keep]:
+            for old in list_checkpoints(self.run)[: -self.keep]:
                 old.unlink()
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The `step_<n>.ckpt` of a folder, oldest first."""
-    return sorted(folder.glob("step_*.ckpt"), key=lambda path: int(path.stem.removeprefix("step_")))
-
-
-def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
+def find_checkpoint(resume: str | None, run: Path) -> Path | None:
     """What a run continues from.
 
     Args:
         resume: None starts afresh; "auto" takes the newest checkpoint of the run folder if there is one; a run
             folder or a checkpoint is taken as given.
-        output_dir: The run folder.
+        run: The run folder.
 
     Returns:
         A checkpoint, or None to start afresh.
 
     Raises:
-        ValueError: If the run folder has checkpoints and `resume` is None, or what it names does not exist.
+        ValueError: If what `resume` names does not exist, or the run folder holds checkpoints that would be lost.
     """
-    own = list_checkpoints(output_dir / "checkpoints")
-    if resume is None:
-        if own:
-            raise ValueError(
-                f"{output_dir} already holds checkpoints up to step {_step(own[-1])}, and a run is never "
-                "overwritten: resume=auto continues it, another name=… starts afresh"
-            )
-        return None
+    own = list_checkpoints(run)
     if resume == "auto":
+        if not own:
+            log.info(f"resume=auto: no checkpoint in {run}, so the run starts afresh")
         return own[-1] if own else None
-    path = Path(resume)
-    found = [path] if path.is_file() else list_checkpoints(path / "checkpoints")
+    chosen = None if resume is None else newest_checkpoint(Path(resume), key="resume")
+    if own and (chosen is None or chosen.resolve() != own[-1].resolve()):
+        raise ValueError(
+            f"{run} already holds checkpoints up to step {step_of(own[-1])}, and a run is never overwritten: "
+            "resume=auto continues it, another name=… starts afresh"
+        )
+    return chosen
+
+
+def newest_checkpoint(path: Path, *, key: str) -> Path:
+    """A checkpoint itself, or the newest of a run folder.
+
+    Args:
+        path: File or folder.
+        key: The config key it came from, for the message.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [path] if path.is_file() else list_checkpoints(path)
     if not found:
-        raise ValueError(f"resume={resume} is neither a checkpoint nor a run folder with checkpoints")
+        raise ValueError(f"{key}={path} is neither a checkpoint nor a run folder with checkpoints")
+    step_of(found[-1])
     return found[-1]
 
 
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
+def refuse_changed_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Refuses to go on with a checkpoint under settings that its state contradicts or would silently override.
+
+    The length of the run may change. Anything else starts a new run from the old encoder.
+
+    Args:
+        checkpoint: What the run continues from.
+        settings: The hyper-parameters of the task that is to go on.
+
+    Raises:
+        ValueError: With the first setting that differs.
+    """
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+    for section in (key for key in settings if key != "schedule"):
+        before, now = _flat(section, saved.get(section)), _flat(section, settings[section])
+        for key in now:
+            if before.get(key) != now[key]:
+                raise ValueError(
+                    f"{checkpoint} was trained with {key}={before.get(key)}, now {now[key]}: keep it, or start a "
+                    "new run with another name=… and encoder=…"
+                )
+
+
+def _flat(section: str, value: Any) -> dict[str, Any]:
+    return {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}

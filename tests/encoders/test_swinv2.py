@@ -24,6 +24,7 @@ from simmim.masking import expand_mask
 
 SMALL: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (3, 3, 6, 12)}
 PRETRAINED = (12, 12, 12, 6)
+CPU = torch.device("cpu")
 
 GEOMETRIES = {  # size in pixels, window and patch, windows of an earlier stage, channels
     "192/12": {"size": (192, 192), "window": 12},
@@ -303,16 +304,16 @@ def test_log_spaced_offsets_extrapolate_less() -> None:
     linear = [7, 15]
     assert linear[1] / linear[0] - 1 == pytest.approx(1.14, abs=0.01)
     unscaled = (9, 9)  # a trained window of 9 scales offsets by 8 / (9 - 1): equation 4 as it stands
-    reach = [float(log_spaced_offsets((size, size), unscaled).max()) for size in (8, 16)]
+    reach = [float(log_spaced_offsets((size, size), unscaled, CPU).max()) for size in (8, 16)]
     assert reach == pytest.approx([1.0, 4 / 3])  # log2(8) / log2(8), log2(16) / log2(8)
     assert reach[1] / reach[0] - 1 == pytest.approx(0.33, abs=0.01)
 
 
 def test_offsets_of_the_trained_window_span_the_same_range() -> None:
     for size in (6, 8, 24):
-        offsets = log_spaced_offsets((size, size), (size, size))
+        offsets = log_spaced_offsets((size, size), (size, size), CPU)
         assert offsets.max() == -offsets.min() == pytest.approx(math.log2(9) / 3)
-    assert log_spaced_offsets((1, 1), (1, 1)).tolist() == [[0, 0]]
+    assert log_spaced_offsets((1, 1), (1, 1), CPU).tolist() == [[0, 0]]
 
 
 def test_position_bias_depends_on_the_offset_alone() -> None:
@@ -320,7 +321,7 @@ def test_position_bias_depends_on_the_offset_alone() -> None:
     randomize(bias)
     height, width = 3, 5
     table = bias((height, width)).view(2, height, width, height, width)
-    whole = 16 * bias.mlp(log_spaced_offsets((3, 5), (3, 5))).sigmoid().t().view(2, 5, 9)
+    whole = 16 * bias.mlp(log_spaced_offsets((3, 5), (3, 5), CPU)).sigmoid().t().view(2, 5, 9)
     for row, column, to_row, to_column in [(0, 0, 2, 4), (2, 1, 0, 3), (1, 2, 1, 2)]:
         expected = whole[:, row - to_row + height - 1, column - to_column + width - 1]
         torch.testing.assert_close(table[:, row, column, to_row, to_column], expected)
@@ -425,7 +426,7 @@ def test_window_at_the_border_of_a_padded_map() -> None:
 
 
 def test_window_mask_is_not_minus_infinity_between_regions() -> None:
-    mask = swinv2.window_mask((8, 8), (8, 8), (4, 4), (2, 2))
+    mask = swinv2.window_mask((8, 8), (8, 8), (4, 4), (2, 2), CPU)
     assert mask is not None and mask.unique().tolist() == [-100, 0]
     assert mask[0].eq(0).all()  # the first window holds one region
 

@@ -105,30 +105,44 @@ def test_a_run_folder_offers_its_newest_weights(tmp_path: Path) -> None:
 def test_loading_reports_what_was_loaded(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(encoder_of(), path, image_size=SIZE)
-    other = encoder_of(1, window_size=3, drop_path=0.0)
+    other = encoder_of(1, window_size=3, pretrained_window_size=6, drop_path=0.0)
     count = len(other.state_dict())
-    report = load_encoder_weights(other, tmp_path)
+    report = load_encoder_weights(other, tmp_path, image_size=SIZE)
     assert_equal(other.state_dict(), encoder_of().state_dict())
     assert other.config["window_size"] == 3
     assert report.startswith(f"Loaded all {count} tensors of the encoder (0.0 M parameters) from {path}")
     assert report.endswith("trained at 24x48 px with windows of 6x6, 6x6 tokens.")
     save_checkpoint(path.with_name("old.ckpt"), encoder_of(), hyper_parameters={"model": MODEL})
-    assert load_encoder_weights(other, path.with_name("old.ckpt")).endswith("at an unknown image size.")
+    assert load_encoder_weights(other, path.with_name("old.ckpt"), image_size=SIZE).endswith(
+        "at an unknown image size."
+    )
 
 
 def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(encoder_of(), path, image_size=SIZE)
     with pytest.raises(ValueError, match=r"embed_dim=16 \(model: 32\)") as caught:
-        load_encoder_weights(encoder_of(embed_dim=32), path)
+        load_encoder_weights(encoder_of(embed_dim=32), path, image_size=SIZE)
     line = str(caught.value)
     assert line.startswith(f"encoder={path} does not fit") and "\n" not in line
     assert "mask_token (16,) (model: (32,))" in line
     deeper = encoder_of(1, depths=[2, 4])
     before = {key: value.clone() for key, value in deeper.state_dict().items()}
     with pytest.raises(ValueError, match=r"34 tensors differ.*q_bias missing \(model"):
-        load_encoder_weights(deeper, path)
+        load_encoder_weights(deeper, path, image_size=SIZE)
     assert_equal(deeper.state_dict(), before)  # nothing was half loaded
+
+
+def test_other_windows_need_the_trained_ones(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(), path, image_size=SIZE)
+    other = encoder_of(1, window_size=3)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"windows of 6x6, 6x6 tokens.*3x3, 3x3: give .*pretrained_window_size=\[6,6\]"
+    ):
+        load_encoder_weights(other, path, image_size=SIZE)
+    assert_equal(other.state_dict(), before)
 
 
 def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from simmim.training.checkpoint import AtomicCheckpointIO, find_checkpoint, list_checkpoints
+from simmim.run_folder import list_checkpoints
+from simmim.training.checkpoint import AtomicCheckpointIO, find_checkpoint
 
 
 class Planted:
@@ -22,7 +23,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     io.save_checkpoint({"weight": torch.ones(2)}, path)
 
     def half_written(checkpoint, file):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", half_written)
@@ -41,7 +42,7 @@ def test_a_checkpoint_never_runs_code(tmp_path, capsys):
 
 def test_steps_are_ordered_as_numbers(tmp_path):
     run = make_run(tmp_path / "run", 9, 10, 100)
-    assert [path.stem for path in list_checkpoints(run / "checkpoints")] == ["step_9", "step_10", "step_100"]
+    assert [path.stem for path in list_checkpoints(run)] == ["step_9", "step_10", "step_100"]
 
 
 def test_what_a_run_continues_from(tmp_path):
@@ -52,6 +53,13 @@ def test_what_a_run_continues_from(tmp_path):
     assert find_checkpoint("auto", run) == newest
     assert find_checkpoint(str(run), fresh) == newest
     assert find_checkpoint(str(run / "checkpoints" / "step_5.ckpt"), fresh) == run / "checkpoints" / "step_5.ckpt"
+
+
+def test_two_runs_are_never_mixed_in_one_folder(tmp_path):
+    run, other = make_run(tmp_path / "run", 5, 20), make_run(tmp_path / "other", 30)
+    for resume in (run / "checkpoints" / "step_5.ckpt", other):
+        with pytest.raises(ValueError, match=r"run already holds checkpoints up to step 20"):
+            find_checkpoint(str(resume), run)
 
 
 def test_a_run_is_never_overwritten(tmp_path):
