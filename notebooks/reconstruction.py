@@ -86,7 +86,8 @@ show(task.panels(images, masks), "panels.png", titles, caption)
 #
 # Small cells are easy to fill in from their neighbours, unless nearly all are hidden. AvgDist, the mean distance
 # from a hidden pixel to the nearest visible one, puts patch size and ratio on one scale; the paper finds 10 to
-# 20 px good (for images of 192 px). The same model looks at each mask below, though it was trained with one.
+# 20 px good (for images of 192 px). The same model looks at each mask below,
+# though it was trained with one: cells of another size than it knows puzzle it.
 
 # %%
 columns, names, rows = [images / 255], ["original"], []
