@@ -15,7 +15,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,6 +57,8 @@ def to_plain(config: DictConfig) -> Config:
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{' and '.join(missing)} must be given: {missing[0]}=…")
+    if empty := [key for key in _keys(config) if OmegaConf.select(config, key) == ""]:
+        raise ValueError(f"{empty[0]} is empty: {empty[0]}=…")
     plain: Config = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     return plain
 
@@ -103,6 +105,11 @@ def command(function: Callable[[Config], Any]) -> Callable[[], None]:
 def explain(error: Exception, name: str) -> str:
     """One line for an error of composition, with the way out: what exists, and what was probably meant."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: this is no key=value that Hydra can read: spaces, commas and parentheses need quotes "
+            """inside quotes, "data.root='my photos (1)'", and ~ is not expanded: write $HOME"""
+        )
     if unknown := re.match(r"(?s).*Could not find '(.+)/(.+?)'", text):
         group, choice = unknown.groups()
         return f"{group}={choice} is unknown: choose one of {', '.join(_choices(group))}"
@@ -116,6 +123,9 @@ def explain(error: Exception, name: str) -> str:
         return f"{key} belongs to {' or '.join(owners)}: give that too"
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         known = list(_keys(compose(name)))
+    group = key.split(".")[0]
+    for file in (config_folder() / group).glob("*.yaml"):
+        known += [f"{group}.{other}" for other in map(str, OmegaConf.load(file))]
     close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith(f".{key}")]
     meant = f"did you mean {close[0]}?" if close else "see all keys with --cfg job"
     return f"{key} is not a key of simmim.{name}: {meant}"

@@ -21,7 +21,7 @@ from simmim.command import Config, check_number, command, quieten_libraries
 from simmim.data.module import MaskedImageData, create_sources, fixed_batch
 from simmim.encoders.weights import load_encoder_weights, save_encoder
 from simmim.masking import Masking
-from simmim.run_folder import ENCODER, step_of
+from simmim.run_folder import ENCODER, shown, step_of
 from simmim.tasks.pretraining import Pretraining
 from simmim.training.callbacks import Progress, Reconstructions, UnreadableImages
 from simmim.training.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint, refuse_changed_settings
@@ -73,10 +73,15 @@ def pretrain(config: Config) -> dict[str, Any]:
     OmegaConf.save(OmegaConf.create(config), output_dir / "config.yaml")
 
     trainer = create_trainer(config, data, length, resumed_step=step_of(checkpoint) if checkpoint else 0)
-    log.info(f"run folder {_shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
+    log.info(f"run folder {shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
     try:
         with logging_redirect_tqdm():
             trainer.fit(task, data, ckpt_path=checkpoint)
+        if trainer.global_step < length.total_steps:
+            raise ValueError(
+                f"stopped at step {trainer.global_step} of {length.total_steps}, saved: the same command with "
+                f"name={config['name']} and resume=auto continues"
+            )
         if length.total_steps % length.steps_between_validations or "val_loss" not in trainer.callback_metrics:
             trainer.validate(task, data, verbose=False)
     finally:
@@ -220,7 +225,11 @@ def create_trainer(config: Config, data: MaskedImageData, length: Length, *, res
                 fixed_batch(data.val_samples, config["pictures"]),
                 steps_per_epoch=length.steps_per_epoch,
             ),
-            Checkpoints(output_dir, **config["checkpoint"]),
+            Checkpoints(
+                output_dir,
+                every_n_steps=min(config["checkpoint"]["every_n_steps"], length.steps_per_epoch),
+                keep=config["checkpoint"]["keep"],
+            ),
         ],
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
@@ -311,10 +320,10 @@ def _summarise(output_dir: Path, trainer: Trainer) -> dict[str, Any]:
         "gets (1.00 has learnt nothing, lower is better)"
     )
     if (unreadable := output_dir / "bad_images.txt").exists():
-        log.info(f"unreadable {len(unreadable.read_text().splitlines())} images, replaced: {_shown(unreadable)}")
-    folder = _shown(output_dir)
+        log.info(f"unreadable {len(unreadable.read_text().splitlines())} images, replaced: {shown(unreadable)}")
+    folder = shown(output_dir)
     if pictures := sorted((output_dir / "reconstructions").glob("*.png")):
-        log.info(f"picture    {_shown(pictures[-1])}")
+        log.info(f"picture    {shown(pictures[-1])}")
     log.info(f"done: {folder}; next: python -m simmim.reconstruct encoder={folder} images=<file or folder>")
     return {
         "step": trainer.global_step,
@@ -322,10 +331,6 @@ def _summarise(output_dir: Path, trainer: Trainer) -> dict[str, Any]:
         "val_loss_visible_mean": trivial,
         "ratio": loss / trivial,
     }
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from simmim.data.transforms import centre_transform
 from simmim.encoders.weights import read_encoder_weights
 from simmim.masking import Masking, average_distance
 from simmim.pictures import draw_panels
+from simmim.run_folder import shown
 from simmim.seeding import generator_from
 from simmim.tasks.pretraining import Pretraining
 from simmim.training.checkpoint import newest_checkpoint
@@ -45,7 +46,7 @@ def reconstruct(config: Config) -> Path:
         log.info(f"loss {loss:.3f}, {loss / trivial:.2f} of the visible mean's {trivial:.3f}: {name}")
     distance = sum(average_distance(mask, masking.patch_size) for mask in masks) / len(masks)
     log.info(f"AvgDist of the masks {distance:.1f} px")
-    log.info(f"picture    {path}")
+    log.info(f"picture    {shown(path)}")
     return path
 
 
@@ -77,7 +78,7 @@ def masking_of(task: Pretraining, **changes: Any) -> Masking:
 
 
 def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], Tensor]:
-    """The first readable images of a file or folder, cropped to the model's size.
+    """Readable images of a file, or from all over a folder, cropped to the model's size.
 
     Returns:
         Their paths, and uint8 (B, C, H, W).
@@ -95,7 +96,8 @@ def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], T
             raise ValueError(f"images={path} cannot be read ({error})") from error
     source = FolderSource(path, channels=channels, key="images")
     readable: dict[str, Tensor] = {}
-    for index in range(len(source)):
+    stride = max(1, len(source) // count)
+    for index in sorted(range(len(source)), key=lambda index: (index % stride, index)):
         try:
             readable[source.name(index)] = crop(source.load(index)[0])
         except UnreadableImage as error:

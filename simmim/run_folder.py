@@ -32,6 +32,12 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in files if path.stem.removeprefix("step_").isdigit()), key=step_of)
 
 
+def shown(path: Path) -> Path:
+    """A path as a person would type it: relative, where it lies below the working directory."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, which becomes `path` when the block ends well, and else is removed.

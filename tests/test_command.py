@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -55,11 +57,13 @@ def error_of(*overrides, folder):
         ("data.image_size=[32,32,32]", ["data.image_size=[32, 32, 32]", "[height, width]"]),
         ("data.on_error=ignore", ["data.on_error=ignore is unknown", "skip or raise"]),
         ("checkpoint.every_n_steps=0", ["checkpoint.every_n_steps=0 must be a whole number, positive"]),
-        ("resume=elsewhere", ["resume=elsewhere is neither"]),
+        ("resume=elsewhere", ["resume=elsewhere does not exist", "outputs/pretrain/<name>"]),
         ("encoder=elsewhere", ["elsewhere"]),
         ("schedule.name=linear", ["schedule.name=linear is unknown"]),
         ("model.attention=flash", ["model.attention=flash is unknown"]),
-        ("seed", ["missing EQUAL"]),
+        ("seed", ["seed: this is no key=value"]),
+        ("data.root=~/photos", ["data.root=~/photos: this is no key=value", "$HOME"]),
+        ("data.rot=photos", ["did you mean data.root?"]),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, override, words):
@@ -71,6 +75,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, override, words):
 
 def test_a_missing_or_empty_folder_is_one_line(tmp_path):
     assert "data.root" in error_of("data=folder", f"data.root={tmp_path}/none", folder=tmp_path / "run")
+    assert error_of("data=folder", "data.root=", folder=tmp_path / "run") == "data.root is empty: data.root=…"
     (tmp_path / "empty").mkdir()
     assert "holds no image" in error_of("data=folder", f"data.root={tmp_path}/empty", folder=tmp_path / "run")
 
@@ -125,6 +130,32 @@ def test_a_named_run_continues_and_is_never_overwritten(tmp_path):
     assert "resume=auto continues it" in again.stdout
     assert (tmp_path / "outputs/pretrain/mine/config.yaml").read_text() == before
     assert type_in(tmp_path, *arguments, "resume=auto").returncode == 0
+
+
+def test_ctrl_c_saves_and_the_run_continues(tmp_path):
+    arguments = [
+        "experiment=debug",
+        "name=mine",
+        "trainer.max_steps=100000",
+        "data.num_workers=1",
+        "log_every_n_steps=1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simmim.pretrain", *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "outputs/pretrain/mine/metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 6) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = output.splitlines()[-1]
+    step = int(re.match(r"stopped at step (\d+) of 100000, saved: .*name=mine and resume=auto continues", last)[1])
+    done = type_in(tmp_path, *arguments[:2], f"trainer.max_steps={step + 2}", *arguments[3:], "resume=auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"continued from step_{step:07d}.ckpt" in done.stdout
 
 
 def test_a_sweep_has_a_folder_a_job_and_reports_the_one_that_failed(tmp_path):

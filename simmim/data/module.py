@@ -1,6 +1,7 @@
 """From an image source to batches: which images, in which order, what happens to them, what is hidden."""
 
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -181,8 +182,13 @@ class MaskedImageData(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.on_gpu,
+            worker_init_fn=_leave_interrupts_to_the_run,
             persistent_workers=self.num_workers > 0,
         )
+
+
+def _leave_interrupts_to_the_run(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
 
 
 def fixed_batch(samples: MaskedSamples, count: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Checkpoints that are whole or absent, and which one a run continues from."""
 
 import logging
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from simmim.run_folder import CHECKPOINTS, checkpoint_name, list_checkpoints, step_of, whole_file
+from simmim.run_folder import CHECKPOINTS, checkpoint_name, list_checkpoints, shown, step_of, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +41,40 @@ class Checkpoints(Callback):
         self.run = run
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes Ctrl-C over: the handler sets a flag only, so that a step is never cut in two."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves after each optimizer step whose number is a multiple of n."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.every_n_steps == 0:
+        """Saves after each optimizer step whose number is a multiple of n, and stops if Ctrl-C came."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
+        trainer.should_stop = trainer.should_stop or self.interrupted
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step."""
         self._save(trainer)
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives Ctrl-C back."""
+        self._release()
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+
+    def _release(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
     def _save(self, trainer: Trainer) -> None:
         path = self.run / CHECKPOINTS / checkpoint_name(trainer.global_step)
@@ -78,7 +102,7 @@ def find_checkpoint(resume: str | None, run: Path) -> Path | None:
     own = list_checkpoints(run)
     if resume == "auto":
         if not own:
-            log.info(f"resume=auto: no checkpoint in {run}, so the run starts afresh")
+            log.info(f"resume=auto: no checkpoint in {shown(run)}, so the run starts afresh (was it another name=…?)")
         return own[-1] if own else None
     chosen = None if resume is None else newest_checkpoint(Path(resume), key="resume")
     if own and (chosen is None or chosen.resolve() != own[-1].resolve()):
@@ -99,6 +123,8 @@ def newest_checkpoint(path: Path, *, key: str) -> Path:
     Raises:
         ValueError: If there is none.
     """
+    if not path.exists():
+        raise ValueError(f"{key}={path} does not exist: give a run folder, as outputs/pretrain/<name>, or a *.ckpt")
     found = [path] if path.is_file() else list_checkpoints(path)
     if not found:
         raise ValueError(f"{key}={path} is neither a checkpoint nor a run folder with checkpoints")

@@ -52,6 +52,7 @@ def test_what_a_run_continues_from(tmp_path):
     assert find_checkpoint("auto", fresh) is None
     assert find_checkpoint("auto", run) == newest
     assert find_checkpoint(str(run), fresh) == newest
+    assert find_checkpoint(str(run), run) == find_checkpoint(str(newest), run) == newest
     assert find_checkpoint(str(run / "checkpoints" / "step_5.ckpt"), fresh) == run / "checkpoints" / "step_5.ckpt"
 
 
@@ -68,5 +69,5 @@ def test_a_run_is_never_overwritten(tmp_path):
 
 
 def test_a_place_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither a checkpoint nor a run folder"):
+    with pytest.raises(ValueError, match="does not exist: give a run folder"):
         find_checkpoint(str(tmp_path / "nothing"), tmp_path)
