@@ -31,8 +31,9 @@ def imports_of(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def level_of(module):
@@ -74,14 +75,18 @@ from safetensors.torch import save_file
 torch.manual_seed(7)
 before = (torch.get_rng_state(), dict(os.environ), torch.get_num_threads())
 import importlib
+reads, get = [], os._Environ.__getitem__
+os._Environ.__getitem__ = lambda self, key: (reads.append(key), get(self, key))[1]
 for name in {sorted(MODULES)!r}:
     importlib.import_module(name)
+assert not reads, reads
+os._Environ.__getitem__ = get
 assert torch.equal(before[0], torch.get_rng_state())
 assert before[1] == dict(os.environ) and before[2] == torch.get_num_threads()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    assert done.stdout + done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from simmim.command import compose_config, explain
 from simmim.pretrain import pretrain
@@ -36,6 +37,7 @@ def error_of(*overrides, folder):
     [
         ("model.widow_size=7", ["model.widow_size is not a key", "did you mean model.window_size?"]),
         ("batch_size=7", ["batch_size is not a key", "data.batch_size"]),
+        ("keep=3", ["keep is not a key", "did you mean checkpoint.keep?"]),
         ("model=swinv3_b", ["model=swinv3_b is unknown", "swinv2_b"]),
         ("experiment=best", ["experiment", "choose one of", "simmim_swinv2_b_800ep"]),
         ("data.root=photos", ["data.root belongs to data=folder"]),
@@ -50,15 +52,18 @@ def error_of(*overrides, folder):
         ("optimizer.base_lr=0", ["optimizer.base_lr=0 must be a number, positive"]),
         ("pictures=0", ["pictures=0 must be a whole number, positive"]),
         ("objective.target_downsampling=32", ["objective.target_downsampling=32"]),
+        ("masking.patch_size=4 objective.target_downsampling=8", ["target_downsampling=8 must divide masking.patch"]),
         ("trainer.precision=16-mixed", ["trainer.precision=16-mixed", "bf16-mixed"]),
         ("trainer.devices=2", ["trainer.devices=2"]),
         ("data.batch_size=0", ["data.batch_size=0 must be a whole number, positive"]),
+        ("data.batch_size=-1", ["data.batch_size=-1 must be a whole number, positive"]),
+        ("optimizer.weight_decay=-1", ["optimizer.weight_decay=-1 must be a number, at least 0"]),
         ("data.mean=[0.5,0.5]", ["data.mean=[0.5, 0.5] has 2 values for data.channels=3"]),
         ("data.image_size=[32,32,32]", ["data.image_size=[32, 32, 32]", "[height, width]"]),
         ("data.on_error=ignore", ["data.on_error=ignore is unknown", "skip or raise"]),
         ("checkpoint.every_n_steps=0", ["checkpoint.every_n_steps=0 must be a whole number, positive"]),
         ("resume=elsewhere", ["resume=elsewhere does not exist", "outputs/pretrain/<name>"]),
-        ("encoder=elsewhere", ["elsewhere"]),
+        ("encoder=elsewhere", ["encoder=elsewhere does not exist"]),
         ("schedule.name=linear", ["schedule.name=linear is unknown"]),
         ("model.attention=flash", ["model.attention=flash is unknown"]),
         ("seed", ["seed: this is no key=value"]),
@@ -67,7 +72,7 @@ def error_of(*overrides, folder):
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, override, words):
-    line = error_of(override, folder=tmp_path / "run")
+    line = error_of(*override.split(), folder=tmp_path / "run")
     assert "\n" not in line
     for word in words:
         assert word in line
@@ -90,7 +95,9 @@ def test_the_error_of_a_worker_is_one_line(tmp_path):
     (tmp_path / "photos").mkdir()
     for index in range(4):
         (tmp_path / "photos" / f"{index}.jpg").write_bytes(b"no image")
-    settings = ["data=folder", f"data.root={tmp_path}/photos", "data.val_fraction=0.5", "data.num_workers=1"]
+    (tmp_path / "good").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "good" / "a.png")  # the first pictures are read without a worker
+    settings = ["data=folder", f"data.root={tmp_path}/photos", f"data.val_root={tmp_path}/good", "data.num_workers=1"]
     with pytest.raises(ValueError) as caught:
         pretrain(compose_config("pretrain", ["experiment=debug", *settings], output_dir=tmp_path / "run"))
     assert re.match(

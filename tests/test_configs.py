@@ -72,6 +72,9 @@ def test_recipes_hold_the_published_numbers(name):
     assert config["data"]["crop_scale"] == [0.67, 1.0]
     assert config["data"]["crop_ratio"] == pytest.approx([3 / 4, 4 / 3])
     assert (config["objective"]["loss"], config["objective"]["head"]) == ("l1", "linear")
+    assert (config["objective"]["predict"], config["objective"]["target_downsampling"]) == ("hidden", 1)
+    assert (config["data"]["mean"], config["data"]["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert config["model"]["name"] == name.removeprefix("simmim_").removesuffix("_800ep")
     if name == "simmim_swinv2_g":
         assert config["trainer"]["max_epochs"] == 20
         assert config["optimizer"]["weight_decay"] == 0.1
@@ -107,6 +110,7 @@ def test_recipe_headers_say_what_a_reader_needs():
 @pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "model" and choice != "swinv2"])
 def test_every_model_builds_and_its_depths_can_be_overridden(choice):
     config = config_of(f"model={choice}")
+    assert config["model"]["name"] == choice.removesuffix("_mini")
     with torch.device("meta"):
         encoder = create_encoder(**config["model"])
     encoder.check_image_size(config["data"]["image_size"], config["data"]["image_size"])

@@ -71,7 +71,7 @@ def test_a_mask_is_drawn_on_the_generators_device(strategy):
     [
         ({"patch_size": 30}, ["masking.patch_size=30", "model.patch_size=4", "take 32"]),
         ({"ratio": -0.1}, ["masking.ratio=-0.1", "between 0 and 1"]),
-        ({"ratio": 1.0}, ["masking.ratio=1.0"]),
+        ({"ratio": 1.0}, ["masking.ratio=1.0", "between 0 and 1"]),
         ({"ratio": 0.99}, ["masking.ratio=0.99", "36 cells"]),
         ({"size": 200}, ["data.image_size=200x200", "masking.patch_size=32", "192x192"]),
         ({"strategy": "stripes"}, ["masking.strategy=stripes", "random, square, block"]),
@@ -108,5 +108,5 @@ def test_average_distance_at_its_ends():
 
 
 def test_the_papers_masking_lies_in_its_good_band():
-    mean = sum(average_distance(draw(seed=seed), 32) for seed in range(50)) / 50
+    mean = sum(average_distance(draw(seed=seed), 32) for seed in range(10)) / 10
     assert 10 < mean < 20

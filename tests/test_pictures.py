@@ -31,3 +31,19 @@ def test_the_panels_show_their_images(tmp_path):
     colours = Image.open(tmp_path / "red.png").convert("RGB").getcolors(100_000)
     shares = {colour: count for count, colour in colours}
     assert shares[(255, 0, 0)] > 0.5 * sum(shares.values())
+
+
+def test_grey_stays_grey(tmp_path):
+    """One channel is not stretched between its own darkest and lightest pixel."""
+    draw_panels(torch.full((1, 4, 1, 8, 8), 0.5), tmp_path / "grey.png")
+    colours = Image.open(tmp_path / "grey.png").convert("L").getcolors(100_000)
+    shares = {colour: count for count, colour in colours}
+    assert shares.get(127, 0) + shares.get(128, 0) > 0.5 * sum(shares.values())
+
+
+def test_titles_and_caption_are_drawn(tmp_path):
+    files = set()
+    for words in ({}, {"titles": "abcd"}, {"caption": "a caption"}):
+        draw_panels(torch.ones(1, 4, 3, 8, 8), tmp_path / "picture.png", **words)
+        files.add((tmp_path / "picture.png").read_bytes())
+    assert len(files) == 3

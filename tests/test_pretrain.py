@@ -16,6 +16,7 @@ from simmim.command import compose_config
 from simmim.encoders.weights import load_encoder
 from simmim.pretrain import build, pretrain, run_length
 from simmim.run_folder import list_checkpoints
+from simmim.tasks.pretraining import MaskedImageModel
 
 
 def run(folder, *overrides):
@@ -105,9 +106,40 @@ def test_a_run_resumed_inside_an_epoch_is_bit_identical(tmp_path, num_workers):
         late.unlink()  # as if killed after step 3, in the middle of the first epoch
     (tmp_path / "broken" / "encoder.safetensors").unlink()
     run(tmp_path / "broken", *settings, "resume=auto")
+    steps = [int(row["step"]) for row in metrics(tmp_path / "broken") if row["train_loss"]]
+    assert steps == list(range(1, 9))  # each once: it went on, and did not begin again
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path, "trainer.max_steps=5", "checkpoint.every_n_steps=2", "checkpoint.keep=2")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000004.ckpt", "step_0000005.ckpt"]
+
+
+def test_gradients_are_clipped_behind_the_logged_norm(finished, tmp_path):
+    folder, _ = finished
+    run(tmp_path, "optimizer.clip_grad_norm=0.01")
+    assert metrics(tmp_path)[0]["grad_norm"] == metrics(folder)[0]["grad_norm"]
+    assert losses(tmp_path)[8] != losses(folder)[8]
+
+
+def test_each_batch_has_its_own_seed_and_each_step_logs_its_own_batches(tmp_path, monkeypatch):
+    seeds, values, forward = [], [], MaskedImageModel.forward
+
+    def watched(network, *inputs):
+        loss = forward(network, *inputs)
+        if network.training:
+            seeds.append(torch.initial_seed())
+            values.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(MaskedImageModel, "forward", watched)
+    run(tmp_path, "trainer.max_steps=3", "trainer.accumulate_grad_batches=2")
+    assert len(seeds) == len(set(seeds)) == 6
+    expected = [(first + second) / 2 for first, second in zip(values[::2], values[1::2], strict=True)]
+    assert [float(losses(tmp_path)[step]) for step in (1, 2, 3)] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_finished_run_resumed_stays_as_it_is(finished):
@@ -141,7 +173,8 @@ def test_validation_does_not_depend_on_the_batch_size(finished, tmp_path):
     values = set()
     for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):  # seven images: the last batches differ in size
         sizes = (f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={accumulate}", "data.val_images=7")
-        values.add(round(run(tmp_path / str(batch_size), *sizes, f"resume={folder}")["val_loss"], 5))
+        summary = run(tmp_path / str(batch_size), *sizes, f"resume={folder}")
+        values.add((round(summary["val_loss"], 5), round(summary["val_loss_visible_mean"], 5)))
     assert len(values) == 1
 
 
@@ -219,7 +252,7 @@ def test_the_length_of_a_run_and_of_its_warm_up(tmp_path, overrides, steps, warm
 
 def test_an_epoch_is_the_images_over_the_global_batch(tmp_path):
     config = compose_config("pretrain", ["experiment=debug"], output_dir=tmp_path)
-    assert run_length(config, images=1000).steps_per_epoch == math.floor(1000 / 8)
+    assert [run_length(config, images=n).steps_per_epoch for n in (1000, 1003, 1005)] == [125, 125, 126]
     assert run_length(config, images=3).steps_per_epoch == 1
 
 
@@ -231,8 +264,13 @@ def test_other_numbers_of_channels_train_and_draw(tmp_path, channels):
 
 
 def test_images_that_are_not_square(tmp_path):
+    config = compose_config("pretrain", ["experiment=debug", "data.image_size=[32,64]"], output_dir=tmp_path)
+    _, data, _ = build(config)
+    assert data.train_samples[(0, 0)]["image"].shape == data.val_samples[(0, 0)]["image"].shape == (3, 32, 64)
     summary = run(tmp_path, "data.image_size=[32,64]", "trainer.max_steps=2")
     assert math.isfinite(summary["val_loss"])
+    with safe_open(tmp_path / "encoder.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["image_size"]) == [32, 64]
 
 
 @pytest.mark.parametrize(
@@ -241,9 +279,16 @@ def test_images_that_are_not_square(tmp_path):
      "objective.head=mlp", "objective.target_downsampling=4", "masking.strategy=square", "masking.strategy=block",
      "schedule.name=multistep", "model.attention=sdpa", "trainer.precision=bf16-mixed"],
 )  # fmt: skip
-def test_each_option_of_the_paper_trains(tmp_path, option):
+def test_each_option_of_the_paper_trains(finished, tmp_path, option):
+    folder, _ = finished
     summary = run(tmp_path, option, "trainer.max_steps=2")
     assert math.isfinite(summary["val_loss"])
+    key, value = option.split("=")
+    section, name = key.split(".")
+    settings = torch.load(list_checkpoints(tmp_path)[-1], weights_only=True)["hyper_parameters"]
+    assert section == "trainer" or str(settings[section][name]) == value
+    if section not in ("model", "schedule"):  # these leave the first loss as it is
+        assert losses(tmp_path)[1] != losses(folder)[1]
 
 
 def test_wandb_offline_needs_neither_account_nor_network(tmp_path):

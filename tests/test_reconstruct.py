@@ -1,9 +1,14 @@
+import re
+
 import pytest
+import torch
 from PIL import Image
 
 from simmim.command import compose_config
+from simmim.pictures import GREY
 from simmim.pretrain import pretrain
 from simmim.reconstruct import load_pretraining, masking_of, reconstruct
+from simmim.tasks.pretraining import MaskedImageModel
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,7 @@ def test_any_folder_of_images_is_drawn_and_what_cannot_be_read_is_named(run, pho
 def test_a_file_and_a_checkpoint_will_do(run, photos, tmp_path):
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert draw(checkpoint, photos / "a.png", tmp_path / "out").exists()
+    assert not load_pretraining(checkpoint).training
 
 
 def test_the_same_seed_gives_the_same_picture_and_masking_can_change(run, photos, tmp_path):
@@ -48,6 +54,26 @@ def test_the_same_seed_gives_the_same_picture_and_masking_can_change(run, photos
     assert (masking.patch_size, masking.ratio, masking.strategy) == (8, 0.3, "random")
 
 
+def test_each_image_and_each_seed_has_its_own_mask(run, photos, tmp_path, monkeypatch):
+    grey = []
+    monkeypatch.setattr("simmim.reconstruct.draw_panels", lambda panels, *_, caption: grey.append(panels[:, 1] == GREY))
+    for override in ("seed=0", "seed=1", "count=1"):
+        draw(run, photos, tmp_path, override, "masking.patch_size=4")
+    first, other, one = grey
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, other)
+    assert len(one) == 1
+
+
+def test_the_log_compares_each_image_with_the_visible_mean(run, photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(MaskedImageModel, "visible_mean_loss", lambda *_: torch.tensor(2.0))
+    caplog.set_level("INFO")
+    draw(run, photos, tmp_path)
+    for name in ("a.png", "deep/b.jpg"):
+        (line,) = re.findall(rf"loss (\d\.\d+), (\d\.\d+) of the visible mean's 2\.000: .*{name}", caplog.text)
+        assert float(line[1]) == pytest.approx(float(line[0]) / 2, abs=0.01)
+
+
 def test_the_caption_owns_up_to_true_statistics(run, photos, tmp_path, monkeypatch):
     captions = []
     monkeypatch.setattr("simmim.reconstruct.draw_panels", lambda *_, caption: captions.append(caption))
@@ -56,6 +82,9 @@ def test_the_caption_owns_up_to_true_statistics(run, photos, tmp_path, monkeypat
         "60% of the 16-px cells hidden; what is predicted for visible cells was never trained; "
         "the normalised target is undone with the true image's local mean and deviation"
     ]
+    task = load_pretraining(run)
+    task.network.predict, task.network.target_window = "all", None
+    assert task.caption(ratio=0.6, patch_size=16) == "60% of the 16-px cells hidden"
 
 
 def test_an_encoder_without_its_head_is_refused(run, photos, tmp_path):

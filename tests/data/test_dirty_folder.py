@@ -7,6 +7,7 @@ import pytest
 
 from simmim.command import compose_config
 from simmim.pretrain import pretrain
+from simmim.training.callbacks import UnreadableImages
 
 UNREADABLE = {"empty.jpg", "text.jpg", "truncated.jpg"}
 
@@ -39,3 +40,9 @@ def test_broken_files_neither_stop_a_run_nor_go_unreported(mixed, tmp_path, num_
 def test_on_request_the_first_bad_file_stops_the_run_by_name(mixed, tmp_path):
     with pytest.raises(ValueError, match=r"mixed/(empty|text|truncated)\.jpg cannot be read"):
         run(mixed, tmp_path / "run", "data.on_error=raise")
+
+
+def test_more_bad_files_than_allowed_stop_the_run(mixed, tmp_path, monkeypatch):
+    monkeypatch.setitem(UnreadableImages.__init__.__kwdefaults__, "check_after", 8)
+    with pytest.raises(ValueError, match=r"data\.max_bad_fraction=0\.001"):
+        run(mixed, tmp_path / "run", "data.max_bad_fraction=0.001")

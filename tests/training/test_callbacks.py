@@ -23,6 +23,13 @@ def test_each_bad_image_is_listed_once_with_its_reason(tmp_path):
     assert (tmp_path / "bad_images.txt").read_text() == "a.jpg\ttruncated JPEG\nb.jpg\ttruncated JPEG\n"
 
 
+def test_validation_images_count_too(tmp_path):
+    callback = policy(tmp_path)
+    callback.on_validation_batch_start(None, None, batch(8, "a.jpg"), 0)
+    assert (callback.drawn, callback.unreadable) == (8, 1)
+    assert (tmp_path / "bad_images.txt").read_text() == "a.jpg\ttruncated JPEG\n"
+
+
 def test_a_run_without_bad_images_has_no_list(tmp_path):
     draw(policy(tmp_path), batch(8))
     assert not (tmp_path / "bad_images.txt").exists()

@@ -41,7 +41,7 @@ def test_frozen_parameters_are_left_out(network):
 
 
 def test_a_step_equals_the_formula_of_adamw(network):
-    lr, beta1, beta2, eps, decay = 1e-2, 0.8, 0.9, 1e-6, 0.1
+    lr, beta1, beta2, eps, decay = 1e-2, 0.8, 0.9, 1e-2, 0.1
     optimizer = create_optimizer(network, lr=lr, betas=[beta1, beta2], eps=eps, weight_decay=decay)
     weight = network.head.weight
     start = weight.detach().clone()
