@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Swinv2Config, Swinv2Model
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer
 
-from simmim.encoders import SIZES, SwinTransformerV2, create_encoder, swinv2
+from simmim.encoders import SIZES, SwinTransformerV2, create_encoder, swinv2, windows
 from simmim.encoders.attention import MAX_LOG_SCALE
 from simmim.encoders.position_bias import LogSpacedPositionBias, log_spaced_offsets
 from simmim.encoders.weights import from_timm, from_transformers, to_timm, to_transformers
@@ -426,14 +426,14 @@ def test_window_at_the_border_of_a_padded_map() -> None:
 
 
 def test_window_mask_is_not_minus_infinity_between_regions() -> None:
-    mask = swinv2.window_mask((8, 8), (8, 8), (4, 4), (2, 2), CPU)
+    mask = windows.window_mask((8, 8), (8, 8), (4, 4), (2, 2), CPU)
     assert mask is not None and mask.unique().tolist() == [-100, 0]
     assert mask[0].eq(0).all()  # the first window holds one region
 
 
 def test_trains_after_inference_mode() -> None:
     """What the first forward caches must serve both: a validation run may come before the first step."""
-    swinv2.window_mask.cache_clear()
+    windows.window_mask.cache_clear()
     encoder = small_encoder(5)
     with torch.inference_mode():
         encoder.pyramid(images_of((70, 70)))
