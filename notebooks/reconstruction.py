@@ -29,8 +29,8 @@ from simmim.masking import average_distance
 from simmim.pictures import draw_panels
 from simmim.pretrain import pretrain
 from simmim.reconstruct import load_images, load_pretraining, masking_of
+from simmim.run_folder import list_checkpoints
 from simmim.seeding import generator_from
-from simmim.training.checkpoint import list_checkpoints
 
 # %% [markdown]
 # ## A run
@@ -114,7 +114,7 @@ for patch_size, ratio, distance in rows:
 # Colour comes first, then large shapes, then edges.
 
 # %%
-checkpoints = list_checkpoints(run / "checkpoints")
+checkpoints = list_checkpoints(run)
 chosen = checkpoints[:: max(1, len(checkpoints) // 4)][-4:]
 stages = [load_pretraining(path).panels(images, masks)[:, 3] for path in chosen]
 steps = [f"step {int(path.stem.removeprefix('step_'))}" for path in chosen]

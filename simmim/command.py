@@ -116,8 +116,6 @@ def explain(error: Exception, name: str) -> str:
     if (override := re.match(r"Could not override '(.+?)'", text)) is None:
         return _one_line(error)
     key = override.group(1)
-    if choices := _choices(key):
-        return f"{key}: choose one of {', '.join(choices)}"
     owners = [f"{owner.parent.name}={owner.stem}" for owner in _owners(key)]
     if owners:
         return f"{key} belongs to {' or '.join(owners)}: give that too"

@@ -4,6 +4,7 @@ import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
@@ -17,6 +18,8 @@ def test_a_notebook_runs_from_top_to_bottom(source, tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     drawn = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in str(output)]
     assert len(drawn) == 3
+    with Image.open(tmp_path / "checkpoints.png") as picture:
+        assert picture.width > picture.height  # the original and four checkpoints
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

@@ -217,8 +217,9 @@ class Pretraining(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm of all gradients together, and logs that norm."""
+        """Clips by the norm of all gradients together, and logs that norm and the learning rate of the step."""
         assert gradient_clip_val is not None
+        self.log("lr", optimizer.param_groups[0]["lr"])
         self.log("grad_norm", nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val))
 
     @torch.no_grad()

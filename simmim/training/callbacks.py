@@ -54,7 +54,6 @@ class Progress(Callback):
             return
         self.steps_since += 1
         self.images_per_second = self.steps_since * self.images_per_step / (time.perf_counter() - self.started)
-        pl_module.log("lr", _lr(trainer))
         pl_module.log("images_per_second", self.images_per_second)
         if not self.bar.disable and trainer.global_step % self.every_n_steps == 0:
             loss = float(trainer.callback_metrics["train_loss"])
