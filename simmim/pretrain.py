@@ -70,9 +70,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     elif config["encoder"] is not None:
         log.info(load_encoder_weights(task.network.encoder, Path(config["encoder"]), image_size=image_size))
     output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config), output_dir / "config.yaml")
-
     trainer = create_trainer(config, data, length, resumed_step=step_of(checkpoint) if checkpoint else 0)
+    OmegaConf.save(OmegaConf.create(config), output_dir / "config.yaml")  # last: a refused config leaves the run's own
     log.info(f"run folder {shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
     try:
         with logging_redirect_tqdm():

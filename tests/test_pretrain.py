@@ -150,6 +150,14 @@ def test_a_finished_run_resumed_stays_as_it_is(finished):
     assert all(torch.equal(before[name], value) for name, value in weights(folder).items())
 
 
+def test_a_refused_continuation_leaves_the_runs_config(finished):
+    folder, _ = finished
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed"):
+        run(folder, "resume=auto", "trainer.precision=16-mixed")
+    assert (folder / "config.yaml").read_text() == before
+
+
 def test_a_run_with_checkpoints_is_never_overwritten(finished):
     folder, _ = finished
     with pytest.raises(ValueError, match=r"step 8.*resume=auto"):

@@ -9,10 +9,10 @@ from torch import nn
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies, as in the authors' code.
 
-    Not to vectors and biases, the mask token, the logit scale (whose three dimensions an ndim rule would miss),
+    Not to vectors (norms, biases, the mask token), the logit scale (whose three dimensions an ndim rule would miss),
     nor the network of the position bias.
     """
-    return parameter.ndim > 1 and not name.endswith(("mask_token", "logit_scale")) and "position_bias" not in name
+    return parameter.ndim > 1 and not name.endswith("logit_scale") and "position_bias" not in name
 
 
 def create_optimizer(
