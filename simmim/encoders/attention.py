@@ -1,79 +1,323 @@
 """Scaled cosine attention within windows (Swin Transformer V2, arXiv 2111.09883, section 3.3, equation 2).
 
-Several implementations of one function stand behind `cosine_attention`: "reference" spells the formula out and
-is what the others are tested against. Shape letters: B images, N windows an image, n heads, T tokens a window,
-d channels a head.
+Several implementations of one function stand behind `window_attention`: "reference" spells the formula out and is
+what the others are tested against. Queries, keys and values come with their channels first and the tokens of all
+windows last: a matrix product writes them so, every step reads memory in order, and no head has to be cut out.
+Shape letters: n heads, d channels a head, N windows an image, W windows of a batch (N times the images), h, w a
+window's height and width in tokens, T = h * w; in sequential attention, m matrices at a time and t queries.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention as flex
+
+from simmim.encoders.position_bias import bias_of_pairs, table_of_pairs
+from simmim.encoders.windows import PADDING, Geometry
 
 MAX_LOG_SCALE = math.log(100)
 """The learnt scale never exceeds 100: a temperature of at least 0.01."""
 
+CROSS_REGION = -100.0
+"""What is added to the logit of a query and a key that the cyclic shift alone made neighbours. Not minus
+infinity: with a scale of up to 100 and a bias of up to 16, released models see through it a little."""
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The formula as it stands: softmax(scale * query key^T + bias) value, with the logits in fp32."""
-    cosine = query @ key.transpose(-2, -1)  # (B, N, n, T, T)
-    return (cosine.float() * scale + bias).softmax(dim=-1).to(value.dtype) @ value
+UNREACHABLE = -1e5
+"""What is added where one of the two is padding: its exponential is zero."""
 
+LOGITS_AT_A_TIME = 2**20
+"""Of sequential attention, which keeps them in cache: 4 MB."""
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The same through PyTorch's fused `scaled_dot_product_attention`, whose kernels take one batch dimension."""
-    batched = bias.ndim == 3  # then the windows join the images, else, with a bias for each window, the heads
-    join = (0, 1) if batched else (1, 2)
-    bias = (bias if batched else bias.flatten(0, 1)).to(value.dtype)[None]
-    query, key, joined = ((query * scale).to(value.dtype).flatten(*join), key.flatten(*join), value.flatten(*join))
-    return F.scaled_dot_product_attention(query, key, joined, attn_mask=bias, scale=1.0).view_as(value)
+ALL = slice(None)
 
-
-IMPLEMENTATIONS = {"reference": reference_attention, "sdpa": sdpa_attention}
+Window = tuple[int, int]
 
 
-def resolve_implementation(name: str, device: torch.device) -> str:
-    """The implementation that `auto` stands for on a device; other names are checked and returned.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    if name == "auto":
-        # The fused CPU kernel has no backward for a bias that needs a gradient: PyTorch then spells it out itself.
-        return "reference" if device.type == "cpu" else "sdpa"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"model.attention={name} is unknown: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    return name
-
-
-def cosine_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def window_attention(
+    qkv: Tensor,
     *,
     log_scale: Tensor,
-    position_bias: Tensor,
-    mask: Tensor | None,
+    table: Tensor,
+    geometry: Geometry,
     implementation: str,
 ) -> Tensor:
     """Attention by the cosine between query and key, with a learnt temperature a head.
 
     Args:
-        query: (B, N, n, T, d); key and value alike.
-        key: See query.
-        value: See query.
+        qkv: Queries, keys and values: (3, n, d, W, T).
         log_scale: (n, 1, 1), logarithm of the scale, clamped to ln 100.
-        position_bias: (n, T, T), added to the scaled cosines.
-        mask: (N, T, T) added for each window (0 within a region, -100 across), or None.
+        table: (n, 2h - 1, 2w - 1), added to the scaled cosines by the offset between the tokens.
+        geometry: The windows.
         implementation: "auto" or a key of `IMPLEMENTATIONS`.
 
     Returns:
-        (B, N, n, T, d) in the precision of value.
+        (n, d, W, T) in the precision of qkv.
     """
-    scale = log_scale.clamp(max=MAX_LOG_SCALE).exp()
-    query = F.normalize(query.float(), dim=-1).to(value.dtype)  # in fp32: the square of a norm overflows in half
-    key = F.normalize(key.float(), dim=-1).to(value.dtype)
-    bias = position_bias if mask is None else position_bias + mask[:, None]  # (n, T, T) or (N, n, T, T)
-    attend = IMPLEMENTATIONS[resolve_implementation(implementation, query.device)]
-    return attend(query, key, value, scale, bias)
+    scale = log_scale.flatten().clamp(max=MAX_LOG_SCALE).exp()
+    attend = IMPLEMENTATIONS[resolve_implementation(implementation, qkv.device)]
+    return attend(qkv, scale, table, geometry.window, geometry.regions)
+
+
+def reference_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+    """The formula as it stands: softmax(scale * cos(query, key) + bias) value, up to the softmax in fp32."""
+    query, key, value = qkv.permute(0, 3, 1, 4, 2)  # (W, n, T, d)
+    with torch.autocast(qkv.device.type, enabled=False):
+        cosine = _unit(_promoted(query)) @ _unit(_promoted(key)).transpose(-2, -1)  # (W, n, T, T)
+        bias = _bias(table, window, regions)  # (1 or N, n, T, T)
+        logits = cosine.view(-1, *bias.shape) * scale[:, None, None] + bias
+        probabilities = logits.softmax(dim=-1).view_as(cosine).to(value.dtype)
+    x: Tensor = probabilities @ value  # (W, n, T, d)
+    return x.permute(1, 3, 0, 2)
+
+
+def sdpa_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+    """The same through PyTorch's `scaled_dot_product_attention`, whose fused kernels take one batch dimension."""
+    query, key, value = qkv.permute(0, 3, 1, 4, 2)
+    bias = _bias(table, window, regions)
+    query, key, joined = (  # windows with a bias each become heads, so that the images share it
+        x.reshape(-1, math.prod(bias.shape[:2]), *x.shape[2:])
+        for x in (_unit(query, scale[:, None, None]), _unit(key), value)
+    )
+    bias = bias.flatten(0, 1).to(value.dtype)[None]
+    x = F.scaled_dot_product_attention(query, key, joined, attn_mask=bias, scale=1.0)
+    return x.reshape(value.shape).permute(1, 3, 0, 2)
+
+
+def flex_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+    """The same through PyTorch's FlexAttention: the bias is read from its table, and no T x T matrix is stored.
+
+    On a GPU it is compiled to one kernel; on a CPU it serves the tests, in as much memory as the reference.
+    """
+    query, key, value = qkv.permute(0, 3, 1, 4, 2)
+    height, width = window
+    penalties = _penalties(table.device)
+
+    def biased(logit: Tensor, at: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        logit = logit + table[head, q // width - k // width + height - 1, q % width - k % width + width - 1]
+        if regions is None:
+            return logit
+        at = at % regions.shape[0]
+        return logit + penalties[regions[at, q] - PADDING, regions[at, k] - PADDING]
+
+    if not qkv.is_cuda and qkv.requires_grad:
+        raise ValueError("model.attention=flex trains on a GPU only: give model.attention=auto")
+    attend = _compiled_flex() if qkv.is_cuda else flex
+    x: Tensor = attend(_unit(query, scale[:, None, None]), _unit(key), value, score_mod=biased, scale=1.0)
+    return x.permute(1, 3, 0, 2)
+
+
+def sequential_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+    """The same for some heads, windows and queries at a time, in fp32; no T x T matrix outlives its turn.
+
+    The backward pass computes the probabilities again: it needs no more than qkv.
+    """
+    x: Tensor = _sequential(qkv, scale, table, regions, window)
+    return x
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Window, Tensor | None], Tensor]] = {
+    "reference": reference_attention,
+    "sdpa": sdpa_attention,
+    "sequential": sequential_attention,
+    "flex": flex_attention,
+}
+
+
+def resolve_implementation(name: str, device: torch.device) -> str:
+    """The implementation that `auto` stands for; other names are checked and returned.
+
+    Args:
+        name: "auto" or a key of `IMPLEMENTATIONS`.
+        device: Where.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise ValueError(f"model.attention={name} is unknown: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if name != "auto":
+        return name
+    return "sequential" if device.type == "cpu" else "sdpa"
+
+
+def _unit(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Vectors along the last axis at the length of scale; in fp32, since a squared norm overflows in half."""
+    return (F.normalize(_promoted(x), dim=-1) * scale).to(x.dtype)
+
+
+def _promoted(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _bias(table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+    """What is added to the logits, position bias and regions together: (1 or N, n, T, T)."""
+    bias = bias_of_pairs(table, window)[None]
+    if regions is None:
+        return bias
+    kind = regions - PADDING
+    return bias + _penalties(table.device)[kind[:, :, None], kind[:, None, :]][:, None]
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a cached inference tensor could not serve training later
+def _penalties(device: torch.device) -> Tensor:
+    """What is added to the logit of a query and a key, by the regions of both (padding first): (5, 5)."""
+    penalties = CROSS_REGION * (1 - torch.eye(5))
+    penalties[0, 1:] = penalties[1:, 0] = UNREACHABLE
+    return penalties.to(device)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    return torch.compile(flex, dynamic=False)
+
+
+@torch.library.custom_op("simmim::sequential_attention", mutates_args=())
+def _sequential(qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int]) -> Tensor:
+    out = torch.empty_like(qkv[2])
+    at_query, at_key = _region_vectors(qkv, regions)
+    one = scale.new_ones(1)
+    head_turns, window_turns, query_turns = _turns(qkv)
+    with torch.autocast(qkv.device.type, enabled=False):
+        for heads in head_turns:
+            bias = bias_of_pairs(table[heads], (window[0], window[1]))
+            for windows in window_turns:
+                key, _ = _unit_columns(_cut(qkv[1], heads, windows), one)
+                key = _append(key, at_key, windows)
+                value = _cut(qkv[2], heads, windows)
+                for queries in query_turns:
+                    query, _ = _unit_columns(_cut(qkv[0], heads, windows, queries), scale[heads])
+                    query = _append(query, at_query, windows, queries)
+                    probabilities = _probabilities(query, key, bias[:, queries])
+                    _put(out, torch.bmm(value, probabilities.transpose(1, 2)), heads, windows, queries)
+    return out
+
+
+@torch.library.custom_op("simmim::sequential_attention_backward", mutates_args=())
+def _sequential_backward(
+    grad_out: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_qkv, grad_scale, grad_table = torch.empty_like(qkv), torch.zeros_like(scale), torch.empty_like(table)
+    at_query, at_key = _region_vectors(qkv, regions)
+    one = scale.new_ones(1)
+    head_turns, window_turns, query_turns = _turns(qkv)
+    size = (window[0], window[1])
+    with torch.autocast(qkv.device.type, enabled=False):
+        for heads in head_turns:
+            bias = bias_of_pairs(table[heads], size)
+            grad_bias = torch.zeros_like(bias)
+            for windows in window_turns:
+                key, key_stretch = _unit_columns(_cut(qkv[1], heads, windows), one)
+                seen = _append(key, at_key, windows)
+                value = _cut(qkv[2], heads, windows)
+                grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+                for queries in query_turns:
+                    query, stretch = _unit_columns(_cut(qkv[0], heads, windows, queries), scale[heads])
+                    sees = _append(query, at_query, windows, queries)
+                    probabilities = _probabilities(sees, seen, bias[:, queries])
+                    grad_x = _cut(grad_out, heads, windows, queries)
+                    grad_value += torch.bmm(grad_x, probabilities)
+                    grad = torch.bmm(grad_x.transpose(1, 2), value)
+                    grad = torch.ops.aten._softmax_backward_data(grad, probabilities, -1, grad.dtype)  # of the logits
+                    grad_bias[:, queries] += _by_head(grad, bias).sum(1)
+                    grad_key += torch.bmm(query, grad)
+                    grad_query = torch.bmm(key, grad.transpose(1, 2))
+                    grad_query, along = _through_unit(grad_query, query, stretch, scale[heads])
+                    grad_scale[heads] += _by_head(along, bias).sum((1, 2, 3))
+                    _put(grad_qkv[0], grad_query, heads, windows, queries)
+                grad_key, _ = _through_unit(grad_key, key, key_stretch, one)
+                _put(grad_qkv[1], grad_key, heads, windows)
+                _put(grad_qkv[2], grad_value, heads, windows)
+            grad_table[heads] = table_of_pairs(grad_bias, size)
+    return grad_qkv, grad_scale / scale, grad_table
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *_sequential_backward(grad_out, *ctx.saved_tensors, ctx.window), None, None
+
+
+_sequential.register_fake(lambda qkv, *others: torch.empty_like(qkv[2]))
+_sequential_backward.register_fake(lambda grad_out, *inputs: tuple(torch.empty_like(x) for x in inputs[:3]))
+_sequential.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _turns(qkv: Tensor) -> tuple[list[slice], list[slice], list[slice]]:
+    """What is taken at a time of heads, windows and queries, so that the logits of a turn stay in cache.
+
+    Whole windows while they fit, of several heads where those of one leave room; else some queries of one window.
+    """
+    _, heads, _, windows, tokens = qkv.shape
+    matrices = max(1, LOGITS_AT_A_TIME // tokens**2)
+    at_a_time = (max(1, matrices // windows), matrices, max(1, LOGITS_AT_A_TIME // tokens))
+    heads_turns, windows_turns, queries_turns = (
+        [slice(at, min(at + step, length)) for at in range(0, length, step)]
+        for length, step in zip((heads, windows, tokens), at_a_time, strict=True)
+    )
+    return heads_turns, windows_turns, queries_turns
+
+
+def _cut(x: Tensor, heads: slice, windows: slice, tokens: slice = ALL) -> Tensor:
+    """A part of (n, d, W, T) as matrices (m, d, t) in fp32."""
+    return _promoted(x[heads, :, windows, tokens].transpose(1, 2).flatten(0, 1))
+
+
+def _put(x: Tensor, part: Tensor, heads: slice, windows: slice, tokens: slice = ALL) -> None:
+    """Undoes `_cut`."""
+    place = x[heads, :, windows, tokens].transpose(1, 2)
+    place.copy_(part.view(place.shape))
+
+
+def _by_head(x: Tensor, heads: Tensor) -> Tensor:
+    """The matrices of a turn, (m, ...), under its heads, (heads, ...): (heads, m / heads, ...)."""
+    return x.view(len(heads), -1, *x.shape[1:])
+
+
+def _unit_columns(x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of (m, d, t) stretched to a length for each head, and by how much: (m, 1, t)."""
+    stretch = (x * x).sum(1, keepdim=True).clamp_(min=1e-24).rsqrt_()
+    _by_head(stretch, length).mul_(length[:, None, None, None])
+    return x * stretch, stretch
+
+
+def _through_unit(grad: Tensor, x: Tensor, stretch: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `_unit_columns`, which has no part along x; and that part: (m, 1, t)."""
+    along = (grad * x).sum(1, keepdim=True)
+    part = _by_head(along, length) / -length.square()[:, None, None, None]
+    return grad.addcmul_(x, part.view_as(along)).mul_(stretch), along
+
+
+def _region_vectors(qkv: Tensor, regions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Regions as more dimensions of queries and keys, (W, 5, T) each: no T x T mask is needed.
+
+    A query holds 1 in the dimension of its own region, a key what it costs to be seen from each one.
+    """
+    if regions is None:
+        return None, None
+    costs = _penalties(qkv.device)
+    kind = (regions - PADDING).repeat(qkv.shape[3] // len(regions), 1)
+    return torch.eye(len(costs), device=qkv.device)[kind].transpose(1, 2), costs[kind].transpose(1, 2)
+
+
+def _append(x: Tensor, vectors: Tensor | None, windows: slice, tokens: slice = ALL) -> Tensor:
+    """Further dimensions for the matrices of a turn: (m, d, t) -> (m, d + 5, t)."""
+    if vectors is None:
+        return x
+    part = vectors[windows, :, tokens]
+    return torch.cat([x, part.repeat(len(x) // len(part), 1, 1)], dim=1)
+
+
+def _probabilities(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+    """Softmax over the keys: (m, d, t), (m, d, T) and (heads, t, T) -> (m, t, T)."""
+    logits = torch.bmm(query.transpose(1, 2), key)
+    _by_head(logits, bias).add_(bias[:, None])
+    return logits.softmax(-1)

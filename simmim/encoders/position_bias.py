@@ -8,6 +8,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN_WIDTH = 512
@@ -15,6 +16,7 @@ HIDDEN_WIDTH = 512
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a cached inference tensor could not serve training later
 def log_spaced_offsets(window: tuple[int, int], trained_window: tuple[int, int], device: torch.device) -> Tensor:
     """All offsets between two tokens of a window, in log space (equation 5).
 
@@ -25,53 +27,52 @@ def log_spaced_offsets(window: tuple[int, int], trained_window: tuple[int, int],
         device: Where to.
 
     Returns:
-        Float ((2h - 1) * (2w - 1), 2), row offset before column offset, row-major, most negative first.
+        Float (2h - 1, 2w - 1, 2), row offset before column offset, the most negative first.
     """
     axes = []
-    with torch.inference_mode(False):  # a cached inference tensor could not serve training later
-        for size, trained in zip(window, trained_window, strict=True):
-            offset = torch.arange(1 - size, size, dtype=torch.float32, device=device)
-            offset = 8 * offset / max(trained - 1, 1)
-            axes.append(offset.sign() * torch.log2(1 + offset.abs()) / math.log2(8))
-        return torch.cartesian_prod(*axes)
+    for size, trained in zip(window, trained_window, strict=True):
+        offset = torch.arange(1 - size, size, dtype=torch.float32)
+        offset = 8 * offset / max(trained - 1, 1)
+        axes.append(offset.sign() * torch.log2(1 + offset.abs()) / math.log2(8))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(device)
 
 
-@lru_cache(maxsize=32)
-def offset_index(window: tuple[int, int], device: torch.device) -> Tensor:
-    """For each pair (query, key) of a window, the row of its offset in `log_spaced_offsets`.
+def bias_of_pairs(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """Spreads a table of offsets to all pairs of tokens, without an index: the pairs are the table's own windows.
+
+    The offset between query q and key k is q - k on each axis. So the biases of one key are the part of (h, w) of
+    the table that begins at the key's place, counted from the window's end.
+
+    Args:
+        table: (n, 2h - 1, 2w - 1), the bias of each offset.
+        window: Height and width of the window in tokens.
 
     Returns:
-        Integer (T, T).
+        (n, T, T), queries before keys.
     """
-    height, width = window
-    with torch.inference_mode(False):  # a cached inference tensor could not serve training later
-        token = torch.arange(height * width, device=device)
-        row, column = token // width, token % width
-        rows = row[:, None] - row[None, :] + height - 1  # (T, T), 0 to 2h - 2
-        columns = column[:, None] - column[None, :] + width - 1
-        return rows * (2 * width - 1) + columns
+    parts = F.unfold(table[None], window)  # (1, n * T, T)
+    return parts.view(len(table), -1, parts.shape[-1]).flip(-1)
+
+
+def table_of_pairs(gradient: Tensor, window: tuple[int, int]) -> Tensor:
+    """The gradient of `bias_of_pairs`, which folds the parts together: (n, T, T) -> (n, 2h - 1, 2w - 1)."""
+    parts = gradient.flip(-1).view(1, -1, gradient.shape[-1])
+    return F.fold(parts, (2 * window[0] - 1, 2 * window[1] - 1), window)[0]
 
 
 class LogSpacedPositionBias(nn.Module):
-    """B = 16 sigmoid(MLP(log-spaced offset)), one value a head and pair of tokens.
+    """B = 16 sigmoid(MLP(log-spaced offset)), one value a head and offset.
 
     Args:
         num_heads: Number of attention heads n.
-        trained_window: Side in tokens of the window of an earlier training stage; None: the current window.
     """
 
-    def __init__(self, num_heads: int, *, trained_window: int | None) -> None:
+    def __init__(self, num_heads: int) -> None:
         super().__init__()
-        self.trained_window = trained_window
         self.mlp = nn.Sequential(nn.Linear(2, HIDDEN_WIDTH), nn.ReLU(), nn.Linear(HIDDEN_WIDTH, num_heads, bias=False))
 
-    def forward(self, window: tuple[int, int]) -> Tensor:
-        """Bias of a window of (h, w) tokens: (n, T, T), in the precision of the weights."""
-        weight = next(self.mlp.parameters())
-        trained = window if self.trained_window is None else (self.trained_window, self.trained_window)
-        offsets = log_spaced_offsets(window, trained, weight.device).to(weight.dtype)
-        with torch.autocast(weight.device.type, enabled=False):  # a bias of up to 16 needs more than 8 bits
-            table: Tensor = 16 * torch.sigmoid(self.mlp(offsets))  # (offsets, n)
-        tokens = window[0] * window[1]
-        index = offset_index(window, weight.device)
-        return table.t().index_select(1, index.flatten()).view(-1, tokens, tokens)  # (n, T, T)
+    def forward(self, offsets: Tensor) -> Tensor:
+        """Offsets of `log_spaced_offsets` (2h - 1, 2w - 1, 2) -> (n, 2h - 1, 2w - 1), in the weights' precision."""
+        with torch.autocast(offsets.device.type, enabled=False):  # a bias of up to 16 needs more than 8 bits
+            table: Tensor = 16 * torch.sigmoid(self.mlp(offsets.to(next(self.mlp.parameters()).dtype)))
+        return table.permute(2, 0, 1).contiguous()

@@ -1,21 +1,23 @@
 """Swin Transformer V2 (Liu et al., CVPR 2022, arXiv 2111.09883).
 
-Shape letters: B images; H, W height and width of a token map; C channels; h, w a window's height and width in
-tokens; T = h * w; N windows an image; n heads; d channels a head. Tokens stay (B, H, W, C) throughout.
+Shape letters: B images; H, W height and width of a token map; C channels; N windows an image; T tokens a window;
+n heads; d channels a head; K chosen tokens of a batch. Tokens stay (B, N, T, C) throughout: they lie in memory window
+by window, in the order of the block that comes next (see `simmim.encoders.windows`).
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from simmim.encoders.attention import cosine_attention, resolve_implementation
-from simmim.encoders.position_bias import LogSpacedPositionBias
-from simmim.encoders.windows import fit_window, from_windows, to_windows, window_mask
+from simmim.encoders.attention import resolve_implementation, window_attention
+from simmim.encoders.position_bias import LogSpacedPositionBias, log_spaced_offsets
+from simmim.encoders.windows import Geometry, Windows, merge, places, regions, reorder
 from simmim.masking import expand_mask
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -40,11 +42,10 @@ class WindowAttention(nn.Module):
     Args:
         dim: Channels C.
         num_heads: Heads n, a divisor of C.
-        trained_window: See `LogSpacedPositionBias`.
         implementation: See `simmim.encoders.attention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, trained_window: int | None, implementation: str) -> None:
+    def __init__(self, dim: int, num_heads: int, *, implementation: str) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.implementation = implementation
@@ -52,26 +53,24 @@ class WindowAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.empty(dim))
         self.v_bias = nn.Parameter(torch.empty(dim))
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
-        self.position_bias = LogSpacedPositionBias(num_heads, trained_window=trained_window)
+        self.position_bias = LogSpacedPositionBias(num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, windows: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
-        """Attends within each window: (B, N, T, C) -> (B, N, T, C)."""
+    def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
+        """Attends within each window: (B, N, T, C) -> (B, N, T, C), or (K, C) of the B * N * T tokens in rows."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(windows, self.qkv.weight, bias)  # (B, N, T, 3C)
-        qkv = qkv.view(*qkv.shape[:3], 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)  # (3, B, N, n, T, d)
-        query, key, value = qkv.unbind(0)
-        x = cosine_attention(
-            query,
-            key,
-            value,
+        qkv = torch.addmm(bias[:, None], self.qkv.weight, x.flatten(0, 2).t())  # (3C, B * N * T)
+        out = window_attention(
+            qkv.view(3, self.num_heads, -1, x.shape[0] * x.shape[1], x.shape[2]),  # (3, n, d, B * N, T)
             log_scale=self.logit_scale,
-            position_bias=self.position_bias(window),
-            mask=mask,
+            table=self.position_bias(geometry.offsets),
+            geometry=geometry,
             implementation=self.implementation,
         )
-        out: Tensor = self.proj(x.transpose(2, 3).flatten(-2))  # (B, N, T, C)
-        return out
+        out = out.reshape(x.shape[3], -1).t()  # (B * N * T, C)
+        if rows is not None:
+            return self.proj(out[rows])  # type: ignore[no-any-return]
+        return self.proj(out).view(x.shape)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -80,8 +79,6 @@ class Block(nn.Module):
     Args:
         dim: Channels C.
         num_heads: Heads n.
-        window_size: Side of the window in tokens.
-        trained_window: See `LogSpacedPositionBias`.
         shifted: Whether the windows are shifted by half a window.
         drop_path: Probability of dropping a residual branch for an image.
         extra_norm: Whether a norm follows on the main branch (models H and G).
@@ -93,42 +90,43 @@ class Block(nn.Module):
         dim: int,
         num_heads: int,
         *,
-        window_size: int,
-        trained_window: int | None,
         shifted: bool,
         drop_path: float,
         extra_norm: bool,
         implementation: str,
     ) -> None:
         super().__init__()
-        self.window_size = window_size
         self.shifted = shifted
-        self.attention = WindowAttention(dim, num_heads, trained_window=trained_window, implementation=implementation)
+        self.attention = WindowAttention(dim, num_heads, implementation=implementation)
         self.norm1 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, MLP_RATIO * dim), nn.GELU(), nn.Linear(MLP_RATIO * dim, dim))
         self.norm2 = nn.LayerNorm(dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.extra_norm = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.norm1(self.attend(x)))
-        x = x + self.drop_path(self.norm2(self.mlp(x)))
+    def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
+        """(B, N, T, C) -> (B, N, T, C), or (K, C) of the B * N * T tokens in rows, the only ones to go on."""
+        attended = self.attention(x, geometry, rows)
+        batch, image = len(x), None
+        if rows is not None:
+            image = torch.div(rows, x.shape[1] * x.shape[2], rounding_mode="floor")
+            x = x.flatten(0, 2)[rows]
+        x = x + self.drop(self.norm1(attended), batch, image)
+        x = x + self.drop(self.norm2(self.widen(x)), batch, image)
         x = self.extra_norm(x)
         return x
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention within the (shifted) windows of a map: (B, H, W, C) -> (B, H, W, C)."""
-        height, width = x.shape[1:3]
-        window, shift = fit_window((height, width), self.window_size)
-        shift = shift if self.shifted else (0, 0)
-        bottom, right = -height % window[0], -width % window[1]
-        x = F.pad(x, (0, 0, 0, right, 0, bottom)).roll((-shift[0], -shift[1]), dims=(1, 2))
-        padded = (height + bottom, width + right)
-        mask = window_mask((height, width), padded, window, shift, x.device)
-        windows = self.attention(to_windows(x, window), window, mask)
-        x = from_windows(windows, window, padded).roll(shift, dims=(1, 2))
-        return x[:, :height, :width]
+    def widen(self, x: Tensor) -> Tensor:
+        """The MLP. Its activation is computed again in the backward pass: keeping it would cost more than all of x."""
+        hidden = self.mlp[0](x)  # (..., 4C)
+        return checkpoint(self.mlp[1:], hidden, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+    def drop(self, branch: Tensor, batch: int, image: Tensor | None) -> Tensor:
+        """Drops the branch for some images: all tokens, or those whose image is given, of a batch of so many."""
+        if image is None or not self.training:
+            return self.drop_path(branch)  # type: ignore[no-any-return]
+        kept: Tensor = self.drop_path(branch.new_ones(batch, 1))
+        return branch * kept[image]
 
 
 class PatchEmbedding(nn.Module):
@@ -153,12 +151,9 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H/2, W/2, 2C); the four neighbours go down the columns first."""
-        batch, height, width, channels = x.shape
-        x = x.view(batch, height // 2, 2, width // 2, 2, channels)
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C)
-        x = self.norm(self.reduction(x))
+    def forward(self, x: Tensor, source: Windows, target: Windows) -> Tensor:
+        """(B, N, T, C) in the windows of source -> (B, N', T', 2C) in those of target, on half the map."""
+        x = self.norm(self.reduction(merge(x, source, target)))
         return x
 
 
@@ -216,6 +211,7 @@ class SwinTransformerV2(nn.Module):
         }
         self.patch_size = patch_size
         self.window_size = window_size
+        self.trained_windows = trained_windows
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.channels = [embed_dim * 2**stage for stage in range(len(depths))]
         blocks = sum(depths)
@@ -224,26 +220,27 @@ class SwinTransformerV2(nn.Module):
         self.embed = PatchEmbedding(in_channels, embed_dim, patch_size)
         self.mask_token = nn.Parameter(torch.empty(embed_dim))
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    Block(
-                        self.channels[stage],
-                        num_heads[stage],
-                        window_size=window_size,
-                        trained_window=trained_windows[stage],
-                        shifted=block % 2 == 1,
-                        drop_path=next(rates),
-                        extra_norm=extra_norm_every > 0 and (block + 1) % extra_norm_every == 0,
-                        implementation=attention,
-                    )
-                    for block in range(depth)
+            nn.ModuleList(
+                Block(
+                    self.channels[stage],
+                    num_heads[stage],
+                    shifted=block % 2 == 1,
+                    drop_path=next(rates),
+                    extra_norm=extra_norm_every > 0 and (block + 1) % extra_norm_every == 0,
+                    implementation=attention,
                 )
+                for block in range(depth)
             )
             for stage, depth in enumerate(depths)
         )
         self.merges = nn.ModuleList(PatchMerging(channels) for channels in self.channels[:-1])
         self.norm = nn.LayerNorm(self.channels[-1])
         self.init_weights()
+
+    @property
+    def blocks(self) -> list[list[Block]]:
+        """The blocks of each stage."""
+        return [[cast(Block, block) for block in stage.children()] for stage in self.stages]
 
     def init_weights(self) -> None:
         """Linear weights from a truncated normal, biases zero, post-norms zero: each block starts as identity."""
@@ -279,7 +276,24 @@ class SwinTransformerV2(nn.Module):
             ValueError: If the size of the images does not fit.
         """
         self.check_image_size(*images.shape[-2:])
-        features: Tensor = self.norm(self._stage_outputs(images, mask)[-1])
+        x, windows = self._stage_outputs(images, mask)[-1]
+        features: Tensor = self.norm(_as_map(x, windows))
+        return features
+
+    def features_at(self, images: Tensor, mask: Tensor | None, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Some of the features of `forward`: what else the last block would compute is left out.
+
+        Args:
+            images: See `forward`.
+            mask: See `forward`.
+            at: Image, row and column of each wanted feature, integers (K,) each.
+
+        Returns:
+            (K, channels of the last stage), equal to `forward(images, mask)[at]`.
+        """
+        self.check_image_size(*images.shape[-2:])
+        x, _ = self._stage_outputs(images, mask, at)[-1]
+        features: Tensor = self.norm(x)
         return features
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
@@ -293,7 +307,7 @@ class SwinTransformerV2(nn.Module):
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
-        maps = self._stage_outputs(images, None)
+        maps = [_as_map(x, windows) for x, windows in self._stage_outputs(images, None)]
         maps[-1] = self.norm(maps[-1])
         strides = [self.patch_size * 2**stage for stage in range(len(maps))]
         return [
@@ -304,7 +318,7 @@ class SwinTransformerV2(nn.Module):
     def windows(self, height: int, width: int) -> list[tuple[int, int]]:
         """The window of each stage, in tokens, on images of a size in pixels: what a later stage was trained with."""
         strides = [self.patch_size * 2**stage for stage in range(len(self.channels))]
-        return [fit_window((height // s, width // s), self.window_size)[0] for s in strides]
+        return [Windows.fit((height // s, width // s), self.window_size).window for s in strides]
 
     def check_image_size(self, height: int, width: int) -> None:
         """Refuses a size in pixels that whole patches, merges and windows do not tile.
@@ -321,15 +335,32 @@ class SwinTransformerV2(nn.Module):
                 "the window"
             )
 
-    def _stage_outputs(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
+    def _stage_outputs(
+        self, images: Tensor, mask: Tensor | None, at: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> list[tuple[Tensor, Windows]]:
         x = self.embed(images)  # (B, H, W, C)
+        size = x.shape[1:3]
         if mask is not None:
-            hidden = expand_mask(mask, *x.shape[1:3]).unsqueeze(-1)  # (B, H, W, 1)
+            hidden = expand_mask(mask, *size).unsqueeze(-1)  # (B, H, W, 1)
             x = torch.where(hidden, self.mask_token.to(x.dtype), x)
-        outputs = [self.stages[0](x)]
-        for merge, stage in zip(self.merges, self.stages[1:], strict=True):
-            outputs.append(stage(merge(outputs[-1])))
+        x, windows = x.flatten(1, 2).unsqueeze(1), Windows.whole(size)  # (B, 1, H * W, C)
+        outputs = []
+        for number, stage in enumerate(self.blocks):
+            if number > 0:
+                size = (size[0] // 2, size[1] // 2)
+                source, windows = windows, Windows.fit(size, self.window_size)
+                x = self.merges[number - 1](x, source, windows)
+            for block in stage:
+                source, windows = windows, Windows.fit(size, self.window_size, shifted=block.shifted)
+                rows = _rows(at, windows) if at is not None and block is self.blocks[-1][-1] else None
+                x = block(reorder(x, source, windows), self._geometry(windows, number, x.device), rows)
+            outputs.append((x, windows))
         return outputs
+
+    def _geometry(self, windows: Windows, stage: int, device: torch.device) -> Geometry:
+        trained = self.trained_windows[stage]
+        offsets = log_spaced_offsets(windows.window, (trained, trained) if trained else windows.window, device)
+        return Geometry(windows.window, offsets, regions(windows, device))
 
     def _fits(self, size: int) -> bool:
         if size < self.stride or size % self.stride:
@@ -342,6 +373,18 @@ class SwinTransformerV2(nn.Module):
         candidates = [s for s in range(self.stride, size + period + 1, self.stride) if self._fits(s)]
         below = [s for s in candidates if s < size]
         return below[-1:] + [s for s in candidates if s > size][:1]
+
+
+def _as_map(x: Tensor, windows: Windows) -> Tensor:
+    """(B, N, T, C) -> (B, H, W, C)."""
+    return reorder(x, windows, Windows.whole(windows.size)).view(len(x), *windows.size, -1)
+
+
+def _rows(at: tuple[Tensor, Tensor, Tensor], windows: Windows) -> Tensor:
+    """Where tokens of an image, a row and a column lie among the B * N * T of the windows: (K,)."""
+    image, row, column = at
+    slots = places(windows, image.device).argsort()  # of each place of the map
+    return image * len(slots) + slots[row * windows.size[1] + column]
 
 
 def _per_stage(value: int | Sequence[int] | None, stages: int) -> list[Any]:

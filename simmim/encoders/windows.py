@@ -1,84 +1,171 @@
 """The geometry of (shifted) windows (Swin Transformer, arXiv 2103.14030, section 3.2; V2, arXiv 2111.09883).
 
-Nothing here has a parameter, and nothing is stored in a checkpoint. Shape letters: B images; H, W height and width
-of a token map; C channels; h, w a window's height and width in tokens; T = h * w; N windows an image.
+A token map lies in memory window by window, in the order in which the next block reads it: between two blocks
+one gather takes the place of cutting, rolling and putting together. Nothing here has a parameter, and nothing is
+stored in a checkpoint. Shape letters: B images; H, W height and width of a token map; C channels; h, w a window's
+height and width in tokens; T = h * w; N windows an image.
 """
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-CROSS_REGION = -100.0
-"""What is added to the logit of a query and a key that the cyclic shift alone made neighbours. Not minus
-infinity: with a scale of up to 100 and a bias of up to 16, released models see through it a little."""
+PADDING = -1
+"""The region of tokens that fill up the last windows of a map."""
 
 
-def fit_window(size: tuple[int, int], window_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The window, and the shift of a shifted block, on a token map of (H, W).
+@dataclass(frozen=True)
+class Windows:
+    """How the tokens of a map are dealt to windows.
 
-    Along an axis where the map is not larger than the window, the window shrinks to it and does not shift.
-
-    Returns:
-        ((h, w), (row shift, column shift)) in tokens.
-    """
-    window = (min(size[0], window_size), min(size[1], window_size))
-    shift = tuple(0 if length <= window_size else window_size // 2 for length in size)
-    return window, (shift[0], shift[1])
-
-
-def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Cuts a map into windows, row by row: (B, H, W, C) -> (B, N, T, C)."""
-    batch, height, width, channels = x.shape
-    h, w = window
-    x = x.view(batch, height // h, h, width // w, w, channels).transpose(2, 3)  # (B, H/h, W/w, h, w, C)
-    return x.reshape(batch, -1, h * w, channels)
-
-
-def from_windows(windows: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Undoes `to_windows`: (B, N, T, C) -> (B, H, W, C)."""
-    batch, _, _, channels = windows.shape
-    (h, w), (height, width) = window, size
-    x = windows.view(batch, height // h, width // w, h, w, channels).transpose(2, 3)
-    return x.reshape(batch, height, width, channels)
-
-
-@lru_cache(maxsize=64)
-def window_mask(
-    size: tuple[int, int],
-    padded: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    device: torch.device,
-) -> Tensor | None:
-    """What to add to the logits of each window after a padding and a cyclic shift of the map.
-
-    Tokens of one window that were not neighbours before the shift get -100; padding is unreachable.
+    Where whole windows do not tile the map, it is filled up below and on the right; where a shift is given, the
+    filled map is rolled up and left by it first. A map row by row is one window of its own size.
 
     Args:
         size: Height and width of the map in tokens.
-        padded: The same after padding to whole windows.
         window: Height and width of a window in tokens.
-        shift: Rows and columns that the padded map was rolled up and left by.
+        shift: Rows and columns of the shift.
+    """
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def fit(cls, size: tuple[int, int], window_size: int, *, shifted: bool = False) -> "Windows":
+        """The windows of a block: along an axis not larger than the window, it shrinks to the map and stays put."""
+        window = (min(size[0], window_size), min(size[1], window_size))
+        shift = [window_size // 2 if shifted and length > window_size else 0 for length in size]
+        return cls(size, window, (shift[0], shift[1]))
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> "Windows":
+        """The map row by row."""
+        return cls(size, size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Windows down and across."""
+        return math.ceil(self.size[0] / self.window[0]), math.ceil(self.size[1] / self.window[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T)."""
+        return math.prod(self.grid), math.prod(self.window)
+
+
+class Geometry(NamedTuple):
+    """What attention has to know of the windows of a block."""
+
+    window: tuple[int, int]
+    """Height and width of a window in tokens."""
+    offsets: Tensor
+    """Between two tokens of a window: see `simmim.encoders.position_bias.log_spaced_offsets`."""
+    regions: Tensor | None
+    """Which tokens see one another: see `regions`."""
+
+
+def reorder(x: Tensor, source: Windows, target: Windows) -> Tensor:
+    """Deals a map's tokens to other windows: (B, N, T, C) -> (B, N', T', C).
+
+    Padding takes the place of some token and is never read: see `regions`.
+    """
+    if source == target:
+        return x
+    moved: Tensor = _Gather.apply(x.flatten(1, 2), *_exchange(source, target, 1, x.device))
+    return moved.view(len(x), *target.shape, -1)
+
+
+def merge(x: Tensor, source: Windows, target: Windows) -> Tensor:
+    """Joins four neighbours to a token of half the map: (B, N, T, C) -> (B, N', T', 4C).
+
+    Neighbours go down the columns first: even row and even column, odd and even, even and odd, odd and odd.
+    """
+    moved: Tensor = _Gather.apply(x.flatten(1, 2), *_exchange(source, target, 2, x.device))
+    return moved.view(x.shape[0], *target.shape, 4 * x.shape[3])
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached inference tensor could not serve training later
+def places(windows: Windows, device: torch.device) -> Tensor:
+    """Where on the map each token of the windows lies, counted row by row; H * W or more is padding.
+
+    Returns:
+        Integer (N * T,), a permutation of 0 to N * T - 1.
+    """
+    return _places(windows).to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def regions(windows: Windows, device: torch.device) -> Tensor | None:
+    """Which tokens of a window may see one another: those of one region, neighbours before any shift.
+
+    Returns:
+        Integer (N, T), `PADDING` or 0 to 3; None where every window is one region.
+    """
+    (height, width), (_, columns) = windows.size, windows.grid
+    if windows.shift == (0, 0) and math.prod(windows.shape) == height * width:
+        return None
+    place = _places(windows).view(windows.shape)
+    y, x = torch.div(place, width, rounding_mode="floor"), place % width
+    region = torch.zeros_like(place)
+    if windows.shift[0]:  # windows of the last row hold what was rolled out at the top: another region
+        region[-columns:] += (y[-columns:] < windows.shift[0]).long()
+    if windows.shift[1]:
+        region[columns - 1 :: columns] += 2 * (x[columns - 1 :: columns] < windows.shift[1]).long()
+    return region.masked_fill(place >= height * width, PADDING).to(device)
+
+
+def _places(windows: Windows) -> Tensor:
+    (height, width), (h, w), (rows, columns) = windows.size, windows.window, windows.grid
+    y, x = torch.arange(rows * h)[:, None], torch.arange(columns * w)
+    place = y * width + x  # (rows * h, columns * w)
+    filled = (y >= height) | (x >= width)
+    place[filled] = torch.arange(height * width, place.numel())
+    place = place.roll((-windows.shift[0], -windows.shift[1]), dims=(0, 1))
+    return place.view(rows, h, columns, w).transpose(1, 2).flatten()
+
+
+@lru_cache(maxsize=128)
+@torch.inference_mode(False)
+def _exchange(source: Windows, target: Windows, factor: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens of source each token of target is made of, where each one went, and which ones are padding.
+
+    Args:
+        source: Windows that the tokens lie in.
+        target: Windows that they go to.
+        factor: Side of the square of the source's map that is one token of the target's.
         device: Where to.
 
     Returns:
-        Float (N, T, T), or None where every window is one region.
+        Integer (N' * T' * factor**2,), (N * T,) and (padding of the source,).
     """
-    if size == padded and shift == (0, 0):
-        return None
-    with torch.inference_mode(False):  # a cached inference tensor could not serve training later
-        region = torch.zeros(padded, dtype=torch.int64, device=device)
-        for axis, (length, w, s) in enumerate(zip(padded, window, shift, strict=True)):
-            at = torch.arange(length, device=device)
-            band = (at >= length - w).long() + (at >= length - s).long() if s else torch.zeros_like(at)
-            region += band.unsqueeze(1 - axis) * 3**axis
-        real = torch.zeros(padded, dtype=torch.bool, device=device)
-        real[: size[0], : size[1]] = True
-        real = real.roll((-shift[0], -shift[1]), dims=(0, 1))
-        regions = to_windows(region[None, :, :, None], window).squeeze(0, 3)  # (N, T)
-        reals = to_windows(real[None, :, :, None], window).squeeze(0, 3)
-        mask = torch.zeros(*regions.shape, regions.shape[1], device=device)
-        mask[regions[:, :, None] != regions[:, None, :]] = CROSS_REGION
-        mask[reals[:, :, None] != reals[:, None, :]] = -torch.inf
-        return mask
+    place = _places(target)
+    y, x = torch.div(place, target.size[1], rounding_mode="floor"), place % target.size[1]
+    right, down = torch.cartesian_prod(torch.arange(factor), torch.arange(factor)).unbind(1)
+    at = (factor * y[:, None] + down) * source.size[1] + factor * x[:, None] + right  # (N' * T', factor**2)
+    real = (place < math.prod(target.size)).repeat_interleave(factor**2)
+    slot = _places(source).argsort()  # of each place of the source's map
+    forth = slot[at.flatten().where(real, 0)]
+    back = torch.zeros_like(slot)
+    back[forth[real]] = torch.arange(len(forth))[real]
+    return forth.to(device), back.to(device), slot[math.prod(source.size) :].to(device)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows in another order: (B, L, C) -> (B, L', C). The gradient is a gather too, for each row counts once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forth: Tensor, back: Tensor, padding: Tensor) -> Tensor:
+        ctx.save_for_backward(back, padding)
+        return x.index_select(1, forth)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back, padding = ctx.saved_tensors
+        return gradient.index_select(1, back).index_fill_(1, padding, 0), None, None, None

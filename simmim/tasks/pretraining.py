@@ -88,12 +88,13 @@ class MaskedImageModel(nn.Module):
         Returns:
             A scalar.
         """
-        features = self.encoder(images, mask)  # (B, h, w, C)
-        target = self.to_tokens(self.target(images))  # (B, h, w, c, r * r)
         counted = self.to_tokens(self.counted_pixels(mask, images))  # (B, h, w, 1, r * r)
-        needed = counted.any(dim=-1).squeeze(-1).nonzero(as_tuple=True)  # K places: what the loss reads
-        predicted = self.head(features[needed]).view(-1, self.in_channels, self.side**2)  # (K, c, r * r)
-        return self.mean_error(predicted, target[needed], counted[needed])
+        image, row, column = counted.any(dim=-1).squeeze(-1).nonzero(as_tuple=True)  # K places: all the loss reads
+        at = (image, row, column)
+        features = self.encoder.features_at(images, mask, at)  # (K, C)
+        predicted = self.head(features).view(-1, self.in_channels, self.side**2)  # (K, c, r * r)
+        target = self.to_tokens(self.target(images))  # (B, h, w, c, r * r)
+        return self.mean_error(predicted, target[at], counted[at])
 
     def mean_error(self, predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         """sum(error * counted) / (sum(counted) + 1e-5) / channels, in fp32."""

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import Swinv2Config, Swinv2Model
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer
 
-from simmim.encoders import SIZES, SwinTransformerV2, create_encoder, swinv2, windows
+from simmim.encoders import SIZES, SwinTransformerV2, create_encoder, position_bias, windows
 from simmim.encoders.attention import MAX_LOG_SCALE
-from simmim.encoders.position_bias import LogSpacedPositionBias, log_spaced_offsets
+from simmim.encoders.position_bias import LogSpacedPositionBias, bias_of_pairs, log_spaced_offsets
 from simmim.encoders.weights import from_timm, from_transformers, to_timm, to_transformers
+from simmim.encoders.windows import Geometry, Windows
 from simmim.masking import expand_mask
 
 SMALL: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (3, 3, 6, 12)}
@@ -127,10 +128,11 @@ def test_equals_timm(geometry: dict[str, Any]) -> None:
     there_and_back = to_timm(ours.state_dict())
     assert all(torch.equal(value, there_and_back[key]) for key, value in theirs.state_dict().items())
     features, expected = ours(images_of(size, channels)), theirs.forward_features(images_of(size, channels))
-    torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
+    rounding = 2 if size[0] != size[1] else 1  # wide: both are within 6e-5 of float64, to different sides of it
+    torch.testing.assert_close(features, expected, atol=rounding * 1e-4, rtol=0)
     backward(features)
     backward(expected)
-    assert_same_gradients(gradients(ours), from_timm(gradients(theirs)))
+    assert_same_gradients(gradients(ours), from_timm(gradients(theirs)), tolerance=rounding * 1e-3)
 
 
 def once_masked(layer: Swinv2Layer, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -191,23 +193,36 @@ def test_weights_of_the_parity_tests_reach_every_part() -> None:
             if name.endswith(part):
                 parameter.data.mul_(0.9)
         assert (changed(images) - features).abs().max() > 1e-2, part
-    assert encoder.stages[0][0].attention.position_bias((8, 8)).std() > 2  # of 0 to 16
+    bias = encoder.stages[0][0].attention.position_bias(log_spaced_offsets((8, 8), (8, 8), CPU))
+    assert bias.std() > 2  # of 0 to 16
 
 
-@pytest.mark.parametrize("size", [(64, 64), (64, 128)], ids=["square", "wide"])
-def test_sdpa_equals_reference(size: tuple[int, int]) -> None:
+def test_a_scale_beyond_the_clamp_stands_still() -> None:
+    encoder = small_encoder()
+    randomize(encoder)
+    backward(encoder(images_of((64, 64))))
+    scales = [value for name, value in gradients(encoder).items() if name.endswith("logit_scale")]
+    assert all(value[0] == 0 and value[1] != 0 for value in scales)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_features_at_some_places_are_those_of_the_whole(drop_path: float) -> None:
+    """Leaving out what nobody reads of the last block changes no number, stochastic depth included."""
+    encoder, whole = (small_encoder(4, drop_path=drop_path) for _ in range(2))
+    randomize(encoder)
+    randomize(whole)
+    images = torch.randn(4, 3, 256, 128)  # the last map is 8 x 4 tokens: two windows
+    mask = torch.rand(4, 8, 4) < 0.6
+    image, row, column = mask.nonzero(as_tuple=True)
     results = []
-    for attention in ("reference", "sdpa"):
-        encoder = small_encoder(attention=attention)
-        randomize(encoder)
-        features = encoder(images_of(size), torch.tensor([[[True, False]], [[False, True]]]))
+    for model in (encoder, whole):
+        torch.manual_seed(5)
+        at = (image, row, column)
+        features = model.features_at(images, mask, at) if model is encoder else model(images, mask)[at]
         backward(features)
-        results.append((features, gradients(encoder)))
-    (reference, expected), (fused, found) = results
-    torch.testing.assert_close(fused, reference, atol=1e-5, rtol=0)
-    assert_same_gradients(found, expected)
-    clamped = [value[0] for name, value in expected.items() if name.endswith("logit_scale")]
-    assert all(value == 0 for value in clamped)  # beyond ln 100 the scale stands still
+        results.append((features, gradients(model)))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
+    assert_same_gradients(results[0][1], results[1][1])
 
 
 def test_published_sizes() -> None:
@@ -251,10 +266,15 @@ def test_extra_norm_is_on_the_main_branch() -> None:
     randomize(encoder)
     first, second = encoder.stages[0]
     assert isinstance(first.extra_norm, nn.Identity)
-    norm, x = second.extra_norm, torch.randn(1, 16, 16, 24)
-    with_norm = second(x)
+    norm, x, geometry = second.extra_norm, torch.randn(1, 4, 64, 24), geometry_of(Windows((16, 16), (8, 8), (4, 4)))
+    with_norm = second(x, geometry)
     second.extra_norm = nn.Identity()
-    torch.testing.assert_close(with_norm, norm(second(x)))
+    torch.testing.assert_close(with_norm, norm(second(x, geometry)))
+
+
+def geometry_of(shape: Windows) -> Geometry:
+    offsets = log_spaced_offsets(shape.window, shape.window, CPU)
+    return Geometry(shape.window, offsets, windows.regions(shape, CPU))
 
 
 def test_blocks_of_a_new_encoder_are_the_identity() -> None:
@@ -262,8 +282,9 @@ def test_blocks_of_a_new_encoder_are_the_identity() -> None:
     images = images_of((64, 64))
     x = encoder.embed(images)
     for merge in encoder.merges:
-        x = merge(x)
-    assert torch.equal(encoder(images), encoder.norm(x))
+        neighbours = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        x = merge.norm(merge.reduction(torch.cat(neighbours, dim=-1)))
+    torch.testing.assert_close(encoder(images), encoder.norm(x))
 
 
 def test_same_seed_same_encoder() -> None:
@@ -313,18 +334,19 @@ def test_offsets_of_the_trained_window_span_the_same_range() -> None:
     for size in (6, 8, 24):
         offsets = log_spaced_offsets((size, size), (size, size), CPU)
         assert offsets.max() == -offsets.min() == pytest.approx(math.log2(9) / 3)
-    assert log_spaced_offsets((1, 1), (1, 1), CPU).tolist() == [[0, 0]]
+    assert log_spaced_offsets((1, 1), (1, 1), CPU).tolist() == [[[0, 0]]]
 
 
 def test_position_bias_depends_on_the_offset_alone() -> None:
-    bias = LogSpacedPositionBias(2, trained_window=None)
+    bias = LogSpacedPositionBias(2)
     randomize(bias)
     height, width = 3, 5
-    table = bias((height, width)).view(2, height, width, height, width)
-    whole = 16 * bias.mlp(log_spaced_offsets((3, 5), (3, 5), CPU)).sigmoid().t().view(2, 5, 9)
+    offsets = log_spaced_offsets((3, 5), (3, 5), CPU)
+    pairs = bias_of_pairs(bias(offsets), (3, 5)).view(2, height, width, height, width)
+    whole = 16 * bias.mlp(offsets).sigmoid()  # (5, 9, 2)
     for row, column, to_row, to_column in [(0, 0, 2, 4), (2, 1, 0, 3), (1, 2, 1, 2)]:
-        expected = whole[:, row - to_row + height - 1, column - to_column + width - 1]
-        torch.testing.assert_close(table[:, row, column, to_row, to_column], expected)
+        expected = whole[row - to_row + height - 1, column - to_column + width - 1]
+        torch.testing.assert_close(pairs[:, row, column, to_row, to_column], expected)
 
 
 @pytest.mark.parametrize(("height", "width", "window"), [(200, 192, 12), (250, 10, 8), (100, 1000, 7)])
@@ -381,41 +403,37 @@ def test_pyramid_ends_in_the_features() -> None:
     assert torch.equal(encoder.pyramid(images)[-1].permute(0, 2, 3, 1), encoder(images))
 
 
-@pytest.mark.parametrize("shifted", [False, True], ids=["regular", "shifted"])
-def test_padding_of_a_map_changes_nothing(shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever stands in the padding: nothing of it reaches a real token."""
-    encoder = small_encoder(4)
+@pytest.mark.parametrize("shift", [(0, 0), (2, 2)], ids=["regular", "shifted"])
+@pytest.mark.parametrize("attention", ["reference", "sdpa", "sequential"])
+def test_padding_of_a_map_changes_nothing(shift: tuple[int, int], attention: str) -> None:
+    """Whatever stands in the padding: nothing of it reaches a real token, nor a gradient."""
+    encoder = small_encoder(4, attention=attention)
     randomize(encoder)
-    block = encoder.stages[0][int(shifted)]
-    x = torch.randn(2, 10, 13, 24)
-    with_zeros = block.attend(x)
-    pad = torch.nn.functional.pad
-    filled = []
-
-    def pad_with_noise(x: Tensor, sides: tuple[int, ...]) -> Tensor:
-        if x.ndim == 2:  # the map of real tokens, not the tokens
-            return pad(x, sides)
-        added = pad(torch.zeros_like(x), sides, value=1.0)
-        filled.append(int(added.sum()))
-        return pad(x, sides) + added * 50 * torch.randn(added.shape)
-
-    monkeypatch.setattr(swinv2.F, "pad", pad_with_noise)
-    with_noise = block.attend(x)
-    assert filled == [2 * 24 * (12 * 16 - 10 * 13)]
-    torch.testing.assert_close(with_noise, with_zeros, atol=1e-6, rtol=0)
+    shape = Windows((10, 13), (4, 4), shift)
+    padding = windows.places(shape, CPU).view(1, *shape.shape, 1) >= 10 * 13
+    assert padding.sum() == 12 * 16 - 10 * 13
+    x = torch.randn(2, *shape.shape, 24)
+    results = []
+    for noise in (0, 50):
+        encoder.zero_grad()
+        out = encoder.stages[0][0](torch.where(padding, noise * torch.randn_like(x), x), geometry_of(shape))
+        backward(torch.where(padding, 0, out))
+        results.append((torch.where(padding, 0, out), gradients(encoder)))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=0)
+    assert_same_gradients(results[0][1], results[1][1], tolerance=1e-4)
 
 
 def test_window_at_the_border_of_a_padded_map() -> None:
     """A window cut by the border is attention among its real tokens, with their offsets' biases."""
     encoder = small_encoder(4)
     randomize(encoder)
-    block = encoder.stages[0][0]
-    x = torch.randn(2, 10, 13, 24)
-    corner = block.attend(x)[:, 8:, 12:]  # 2 x 1 tokens of a window of 4 x 4
-
-    attention = block.attention
-    real = [0, 4]  # rows 0 and 1 of column 0
-    bias = attention.position_bias((4, 4))[:, real][:, :, real]
+    attention, shape, x = encoder.stages[0][0].attention, Windows((10, 13), (4, 4)), torch.randn(2, 10, 13, 24)
+    dealt = windows.reorder(x.flatten(1, 2).unsqueeze(1), Windows.whole((10, 13)), shape)
+    dealt = attention(dealt, geometry_of(shape))
+    corner = windows.reorder(dealt, shape, Windows.whole((10, 13))).view(2, 10, 13, 24)[:, 8:, 12:]
+    real = [0, 4]  # rows 0 and 1 of column 0: 2 x 1 tokens of a window of 4 x 4
+    bias = attention.position_bias(log_spaced_offsets((4, 4), (4, 4), CPU))
+    bias = bias_of_pairs(bias, (4, 4))[:, real][:, :, real]
     qkv_bias = torch.cat([attention.q_bias, torch.zeros(24), attention.v_bias])
     tokens = x[:, 8:, 12:].flatten(1, 2)
     query, key, value = (tokens @ attention.qkv.weight.t() + qkv_bias).view(2, 2, 3, 3, 8).permute(2, 0, 3, 1, 4)
@@ -425,15 +443,10 @@ def test_window_at_the_border_of_a_padded_map() -> None:
     torch.testing.assert_close(corner, expected, atol=1e-5, rtol=0)
 
 
-def test_window_mask_is_not_minus_infinity_between_regions() -> None:
-    mask = windows.window_mask((8, 8), (8, 8), (4, 4), (2, 2), CPU)
-    assert mask is not None and mask.unique().tolist() == [-100, 0]
-    assert mask[0].eq(0).all()  # the first window holds one region
-
-
 def test_trains_after_inference_mode() -> None:
     """What the first forward caches must serve both: a validation run may come before the first step."""
-    windows.window_mask.cache_clear()
+    for cached in (windows.places, windows.regions, windows._exchange, position_bias.log_spaced_offsets):
+        cached.cache_clear()
     encoder = small_encoder(5)
     with torch.inference_mode():
         encoder.pyramid(images_of((70, 70)))
