@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as v2
 
-from simmim.data.transforms import centre_transform, pretraining_transform
+from simmim.data.transforms import centre_transform, pretraining_transform, random_box, resized_crop
 
 
 def test_the_crop_covers_the_asked_share_and_half_are_flipped():
@@ -29,3 +31,31 @@ def test_the_centre_is_kept_whatever_the_shape(size):
 def test_an_empty_range_is_refused():
     with pytest.raises(ValueError, match=r"data\.crop_scale=\[1\.0, 0\.5\]"):
         pretraining_transform((64, 64), crop_scale=[1.0, 0.5], crop_ratio=[0.75, 1.33])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_crops_of_either_layout_are_those_of_torchvision(channels):
+    torch.manual_seed(0)
+    rows = torch.randint(0, 256, (90, 120, channels), dtype=torch.uint8)
+    for image in (rows.permute(2, 0, 1), rows.permute(2, 0, 1).contiguous()):
+        for box in ((0, 0, 90, 120), (7, 11, 60, 50), (3, 80, 20, 40)):
+            expected = v2.resized_crop(image, *box, [32, 48], antialias=True)
+            assert torch.equal(resized_crop(image, box, (32, 48)), expected)
+
+
+def test_colours_keep_the_layout_of_the_decoder():
+    image = torch.zeros(90, 120, 3, dtype=torch.uint8).permute(2, 0, 1)
+    assert resized_crop(image, (1, 2, 80, 90), (32, 32)).stride() == (1, 96, 3)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (40, 300), (500, 30)])
+def test_boxes_are_distributed_as_torchvision_draws_them(size):
+    scale, ratio = [0.3, 1.0], [0.75, 4 / 3]
+    torch.manual_seed(0)
+    ours = torch.tensor([random_box(*size, scale, ratio) for _ in range(2000)]).double()
+    picture = torch.empty(3, *size)
+    theirs = torch.tensor([RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(2000)]).double()
+    error = ours.std(0) / 2000**0.5 + 1
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * error).all()
+    assert (ours[:, 0] + ours[:, 2]).max() <= size[0] and (ours[:, 1] + ours[:, 3]).max() <= size[1]
+    assert (ours[:, 2:].min(0).values >= 1).all()
