@@ -84,8 +84,15 @@ def image_format(head: bytes) -> str | None:
     return "BMP" if head[:2] == b"BM" and head[6:10] == bytes(4) else None
 
 
+def is_upright_jpeg(data: bytes) -> bool:
+    """Whether the file is a JPEG whose rows are the picture's rows, so that EXIF or XMP turn nothing."""
+    if not data.startswith(_SIGNATURES[0][0]):
+        return False
+    return not _may_be_turned(data) or _open(data).getexif().get(_ORIENTATION, 1) == 1
+
+
 def _decode(data: bytes, channels: int) -> Tensor:
-    if channels != 4 and _is_upright_jpeg(data):
+    if channels != 4 and is_upright_jpeg(data):
         try:
             return _decode_jpeg(data, channels)
         except ValueError:
@@ -106,12 +113,6 @@ def _refuse_bomb(width: int, height: int) -> None:
         raise UnreadableImage(
             f"{width}x{height} px, more than the limit of {MAX_PIXELS:,} px: refused as a decompression bomb"
         )
-
-
-def _is_upright_jpeg(data: bytes) -> bool:
-    if not data.startswith(_SIGNATURES[0][0]):
-        return False
-    return not _may_be_turned(data) or _open(data).getexif().get(_ORIENTATION, 1) == 1
 
 
 def _may_be_turned(data: bytes) -> bool:

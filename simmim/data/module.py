@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from simmim.data.decoding import UnreadableImage
+from simmim.data.files import FileSource, InMemory
 from simmim.data.folder import FolderSource, split_by_hash
 from simmim.data.sampler import SampleKey, SampleStream
+from simmim.data.shards import ShardSource
 from simmim.data.synthetic import SyntheticSource
 from simmim.data.transforms import Transform, centre_transform, pretraining_transform
 from simmim.masking import Masking
@@ -55,14 +57,25 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
     if source == "synthetic":
         train = SyntheticSource(config["train_images"], image_size, channels=channels, seed=0)
         return train, SyntheticSource(config["val_images"], image_size, channels=channels, seed=1)
-    if source == "folder":
-        images = FolderSource(config["root"], channels=channels)
-        if config["val_root"] is not None:
-            return images, FolderSource(config["val_root"], channels=channels, key="data.val_root")
-        if len(images) < 2:
-            raise ValueError(f"data.root={config['root']} holds one image only: give more, or data.val_root")
-        return split_by_hash(images, config["val_fraction"])
-    raise ValueError(f"data.source={source} is unknown: choose synthetic or folder")
+    if source in ("folder", "shards"):
+        train_files, val_files = _file_sources(config)
+        if config["cache"] == "none":
+            return train_files, val_files
+        if config["cache"] == "ram":
+            key = "data.root" if config["val_root"] is None else "data.val_root"
+            return InMemory(train_files), InMemory(val_files, key=key)
+        raise ValueError(f"data.cache={config['cache']} is unknown: choose none or ram")
+    raise ValueError(f"data.source={source} is unknown: choose synthetic, folder or shards")
+
+
+def _file_sources(config: dict[str, Any]) -> tuple[FileSource, FileSource]:
+    open_source = FolderSource if config["source"] == "folder" else ShardSource
+    images = open_source(config["root"], channels=config["channels"])
+    if config["val_root"] is not None:
+        return images, open_source(config["val_root"], channels=config["channels"], key="data.val_root")
+    if len(images) < 2:
+        raise ValueError(f"data.root={config['root']} holds one image only: give more, or data.val_root")
+    return split_by_hash(images, config["val_fraction"])
 
 
 @dataclass(frozen=True)
