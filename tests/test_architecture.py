@@ -20,6 +20,7 @@ LEVELS = [
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},
     {"simmim.tasks"},
+    {"simmim.measuring"},
     {"simmim.command"},
     COMMANDS,
 ]

@@ -85,7 +85,7 @@ def image_format(head: bytes) -> str | None:
 
 
 def is_upright_jpeg(data: bytes) -> bool:
-    """Whether the file is a JPEG whose rows are the picture's rows, so that EXIF or XMP turn nothing."""
+    """Whether a file that `decode` can read is a JPEG that neither EXIF nor XMP turns."""
     if not data.startswith(_SIGNATURES[0][0]):
         return False
     return not _may_be_turned(data) or _open(data).getexif().get(_ORIENTATION, 1) == 1

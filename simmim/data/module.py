@@ -171,14 +171,22 @@ class MaskedImageData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches from where the run stands: its step is all the state that the data need."""
         assert self.trainer is not None
+        return self.loader_from(
+            self.trainer.global_step * self.trainer.accumulate_grad_batches,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def loader_from(self, start: int, *, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
+        """Training batches of one process from a position on. See `SampleStream`."""
         stream = SampleStream(
             len(self.train_samples),
             self.batch_size,
             num_batches=self.num_batches,
-            start=self.trainer.global_step * self.trainer.accumulate_grad_batches,
+            start=start,
             seed=self.seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
         )
         return self._loader(self.train_samples, stream)
 
