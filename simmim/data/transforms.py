@@ -56,17 +56,19 @@ def resized_crop(image: Tensor, box: Box, image_size: tuple[int, int]) -> Tensor
 
 
 def random_box(height: int, width: int, crop_scale: Sequence[float], crop_ratio: Sequence[float]) -> Box:
-    """A box of random area and aspect inside an image, as torchvision's `RandomResizedCrop` draws it.
+    """A box of random area and aspect inside an image: from the same generator the same as torchvision's.
 
-    Where ten draws do not fit, the largest centred box of an allowed aspect is taken.
+    Its `RandomResizedCrop` takes four times as long to draw one. Where no draw fits, the largest centred box of an
+    allowed aspect is taken.
     """
-    low, high = (math.log(ratio) for ratio in crop_ratio)
-    for scale, aspect, down, along in torch.rand(_ATTEMPTS, 4).tolist():
-        area = height * width * (crop_scale[0] + (crop_scale[1] - crop_scale[0]) * scale)
-        ratio = math.exp(low + (high - low) * aspect)
+    low, high = torch.tensor(crop_ratio).log().tolist()
+    for _ in range(_ATTEMPTS):
+        area = height * width * torch.empty(1).uniform_(crop_scale[0], crop_scale[1]).item()
+        ratio = torch.empty(1).uniform_(low, high).exp().item()
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
-            return int(down * (height - h + 1)), int(along * (width - w + 1)), h, w
+            top = int(torch.randint(0, height - h + 1, (1,)))
+            return top, int(torch.randint(0, width - w + 1, (1,))), h, w
     h, w = min(height, round(width / crop_ratio[0])), min(width, round(height * crop_ratio[1]))
     return (height - h) // 2, (width - w) // 2, max(1, h), max(1, w)
 
@@ -76,7 +78,7 @@ def _crop_and_flip(
 ) -> Tensor:
     box = random_box(image.shape[-2], image.shape[-1], crop_scale, crop_ratio)
     image = resized_crop(image, box, image_size)
-    return image.flip(-1) if torch.rand(()) < 0.5 else image
+    return image.flip(-1) if torch.rand(1) < 0.5 else image
 
 
 def _crop_centre(image: Tensor, image_size: tuple[int, int]) -> Tensor:
