@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -43,7 +44,7 @@ def prepare(config: Config) -> Path:
         The copy: the folder for `data=shards data.root=…`.
 
     Raises:
-        ValueError: If `out` holds anything else than a copy of these images with these settings.
+        ValueError: If `out` holds anything else than a copy of these images with these settings, or at Ctrl-C.
     """
     check(config)
     source = FolderSource(config["data"]["root"])
@@ -53,14 +54,13 @@ def prepare(config: Config) -> Path:
     done = sum(record["taken"] for record in records)
     if done:
         log.info(f"{done:,} of {len(source):,} images are there already")
-    with logging_redirect_tqdm(), tqdm(total=len(source), initial=done, unit=" images") as bar:
-        images = convert(source, done, config)
-        while done < len(source):
-            records.append(write_shard(shard_path(out, len(records)), counted(images, bar), config["shard_mb"] << 20))
-            done += records[-1]["taken"]
+    try:
+        pack(source, out, records, config)
+    except KeyboardInterrupt:
+        raise ValueError(f"stopped after {len(records)} whole shards: the same command goes on behind them") from None
     if not any(record["names"] for record in records):
         raise ValueError(f"data.root={source.root} holds no image that can be read")
-    write_index(out, records, source.classes, len(source))
+    write_index(out, records, source.classes, listed=len(source), short_side=config["short_side"])
     summarise(out, records)
     return out
 
@@ -109,6 +109,16 @@ def claim(out: Path, settings: dict[str, str | int]) -> None:
         leftover.unlink()
 
 
+def pack(source: FolderSource, out: Path, records: list[dict[str, Any]], config: Config) -> None:
+    """Writes the shards that are missing behind those whose records are given, and adds their records."""
+    done = sum(record["taken"] for record in records)
+    with logging_redirect_tqdm(), tqdm(total=len(source), initial=done, unit=" images") as bar:
+        images = counted(convert(source, done, config), bar)
+        while done < len(source):
+            records.append(write_shard(shard_path(out, len(records)), images, config["shard_mb"] << 20))
+            done += records[-1]["taken"]
+
+
 @dataclass(frozen=True)
 class Conversions(Dataset[tuple[bytes | None, str]]):
     """For each image of a folder its JPEG file, or None and the reason."""
@@ -149,7 +159,7 @@ def counted(images: Iterator[PreparedImage], bar: "tqdm[PreparedImage]") -> Iter
         yield image
 
 
-def summarise(out: Path, records: list[dict[str, list[str]]]) -> None:
+def summarise(out: Path, records: list[dict[str, Any]]) -> None:
     """Says what there is now, and what to do with it."""
     readable = sum(len(record["names"]) for record in records)
     unreadable = sum(len(record["unreadable"]) for record in records)

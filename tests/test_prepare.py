@@ -11,7 +11,7 @@ from PIL import Image
 
 from simmim.command import compose_config
 from simmim.data.folder import FolderSource
-from simmim.data.shards import ShardSource
+from simmim.data.shards import ShardSource, write_shard
 from simmim.prepare import prepare
 from simmim.pretrain import pretrain
 
@@ -79,6 +79,19 @@ def test_killed_and_run_again_it_is_the_same_to_the_last_byte(photos, whole, tmp
     assert re.search(r"\d+ of 152 images are there already", done.stdout + done.stderr)
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert content(out) == content(whole)
+
+
+def test_ctrl_c_is_one_line_and_loses_no_whole_shard(photos, whole, tmp_path, monkeypatch):
+    def pressed(*arguments):
+        if "shard-00002" in str(arguments[0]):
+            raise KeyboardInterrupt
+        return write_shard(*arguments)
+
+    monkeypatch.setattr("simmim.prepare.write_shard", pressed)
+    with pytest.raises(ValueError, match=r"^stopped after 2 whole shards: the same command goes on behind them$"):
+        run(photos, tmp_path / "copy")
+    monkeypatch.undo()
+    assert content(run(photos, tmp_path / "copy")) == content(whole)
 
 
 def test_a_whole_copy_is_left_as_it_is(photos, whole):

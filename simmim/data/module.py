@@ -1,5 +1,6 @@
 """From an image source to batches: which images, in which order, what happens to them, what is hidden."""
 
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from simmim.seeding import generator_from, torch_random_from
 
 MAX_REPLACEMENTS = 100
 """So many unreadable images in a row are no accident of a large collection any more."""
+
+log = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
@@ -48,7 +51,7 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
 
     Args:
         config: The `data` section of a config: `source` and `channels`, and what `conf/data/<source>.yaml` lists.
-        image_size: Height and width in pixels of synthetic images.
+        image_size: Height and width in pixels, of synthetic images and of what others become.
 
     Raises:
         ValueError: If a value is out of range or a folder holds no image.
@@ -59,6 +62,11 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
         return train, SyntheticSource(config["val_images"], image_size, channels=channels, seed=1)
     if source in ("folder", "shards"):
         train_files, val_files = _file_sources(config)
+        if isinstance(train_files, ShardSource) and train_files.short_side < min(image_size):
+            log.warning(
+                f"data.image_size: {min(image_size)} px out of a copy whose images have {train_files.short_side} px at "
+                "most on their short side: prepare one with a larger short_side"
+            )
         if config["cache"] == "none":
             return train_files, val_files
         if config["cache"] == "ram":

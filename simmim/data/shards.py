@@ -42,6 +42,9 @@ class ShardSource(FileSource):
         channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
         key: What the copy is called in messages.
 
+    Attributes:
+        short_side: Largest length of the shorter side of an image in pixels.
+
     Raises:
         ValueError: If there is no whole copy at `root`; for other `channels`.
     """
@@ -49,6 +52,7 @@ class ShardSource(FileSource):
     def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:
         folder = Path(root).expanduser()
         index = _read_index(folder, key)
+        self.short_side: int = index["short_side"]
         self._shards = [folder / name for name in index["shards"]]
         records = [_read_record(shard, key) for shard in self._shards]
         counts = [len(record["names"]) for record in records]
@@ -181,8 +185,17 @@ def _append(file: IO[bytes], name: str, data: bytes) -> int:
     return offset
 
 
-def write_index(out: Path, records: Sequence[dict[str, Any]], classes: list[str], listed: int) -> None:
+def write_index(
+    out: Path, records: Sequence[dict[str, Any]], classes: list[str], *, listed: int, short_side: int
+) -> None:
     """Marks a copy as whole, after it was counted.
+
+    Args:
+        out: The copy.
+        records: Of all shards, in order.
+        classes: Names of the labels.
+        listed: Images of the folder, unreadable ones included.
+        short_side: Largest length of the shorter side of an image in pixels.
 
     Raises:
         ValueError: If shards and unreadable images do not add up to the images listed, or a shard is cut.
@@ -200,7 +213,8 @@ def write_index(out: Path, records: Sequence[dict[str, Any]], classes: list[str]
     with whole_file(out / UNREADABLE) as temporary:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in unreadable)
         temporary.write_bytes(lines.encode("utf-8", "surrogateescape"))
-    write_json(out / INDEX, {"classes": classes, "shards": [shard.name for shard in shards], "images": images})
+    names = [shard.name for shard in shards]
+    write_json(out / INDEX, {"images": images, "short_side": short_side, "classes": classes, "shards": names})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def _prepared(source: FolderSource, out: Path) -> ShardSource:
         for index in range(len(source))
     )
     record = write_shard(shard_path(out, 0), images, limit=2**62)
-    write_index(out, [record], source.classes, len(source))
+    write_index(out, [record], source.classes, listed=len(source), short_side=SHORT_SIDE)
     return ShardSource(out)
 
 

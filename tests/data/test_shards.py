@@ -10,6 +10,7 @@ from PIL import Image
 
 from simmim.data.decoding import UnreadableImage, decode
 from simmim.data.folder import FolderSource, split_by_hash
+from simmim.data.module import create_sources
 from simmim.data.shards import (
     PreparedImage,
     ShardSource,
@@ -39,7 +40,7 @@ def copy_of(out, names=NAMES, limit=2000):
     rest, records = iter(images), []
     while sum(record["taken"] for record in records) < len(images):
         records.append(write_shard(shard_path(out, len(records)), rest, limit))
-    write_index(out, records, ["cat", "dog"], len(images))
+    write_index(out, records, ["cat", "dog"], listed=len(images), short_side=256)
     return records
 
 
@@ -171,6 +172,22 @@ def test_copies_that_are_none_or_not_whole_are_refused(tmp_path):
     assert len(list(finished_shards(tmp_path))) == 1
 
 
+def test_a_copy_too_small_for_the_images_asked_for_is_told(tmp_path, caplog):
+    copy_of(tmp_path)
+    config = {
+        "source": "shards",
+        "channels": 3,
+        "root": str(tmp_path),
+        "val_root": None,
+        "val_fraction": 0.3,
+        "cache": "none",
+    }
+    create_sources(config, (256, 512))
+    assert caplog.text == ""
+    create_sources(config, (384, 384))
+    assert "384 px out of a copy whose images have 256 px at most" in caplog.text
+
+
 def test_a_shard_that_goes_while_training_is_an_unreadable_image(tmp_path):
     copy_of(tmp_path)
     source = ShardSource(tmp_path)
@@ -182,7 +199,7 @@ def test_a_shard_that_goes_while_training_is_an_unreadable_image(tmp_path):
 def test_counts_that_do_not_add_up_are_no_copy(tmp_path):
     records = copy_of(tmp_path)
     with pytest.raises(ValueError, match=r"4 images and 1 were unreadable, of 7 listed"):
-        write_index(tmp_path, records, [], 7)
+        write_index(tmp_path, records, [], listed=7, short_side=256)
 
 
 def test_the_index_is_plain_json(tmp_path):
