@@ -48,7 +48,7 @@ def prepare(config: Config) -> Path:
     """
     check(config)
     source = FolderSource(config["data"]["root"])
-    out = Path(config["out"]).expanduser()
+    out = Path(str(config["out"])).expanduser()
     claim(out, settings_of(source, config))
     records = list(finished_shards(out))
     done = sum(record["taken"] for record in records)
