@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +148,7 @@ def convert(source: FolderSource, start: int, config: Config) -> Iterator[Prepar
         num_workers=workers,
         collate_fn=tuple,
         prefetch_factor=16 if workers else None,
-        worker_init_fn=_leave_interrupts_to_the_command,
+        worker_init_fn=_end_with_the_command,
     )
     for index, (data, reason) in enumerate(loader, start):
         yield PreparedImage(source.relative_name(index), source.label(index), data, reason)
@@ -170,8 +172,17 @@ def summarise(out: Path, records: list[dict[str, Any]]) -> None:
     log.info(f"done: {shown(out)}; next: python -m simmim.pretrain data=shards data.root={shown(out)}")
 
 
-def _leave_interrupts_to_the_command(worker: int) -> None:
+def _end_with_the_command(worker: int) -> None:
+    """Leaves Ctrl-C to the command, and ends when that is gone: with nobody to read, a worker would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The command that makes a prepared copy, and training from the copy."""
 
+import contextlib
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -63,6 +65,7 @@ def test_the_copy_holds_every_readable_image_and_lists_the_others(photos, whole)
     assert len(list(whole.glob("*.tar"))) > 4
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lists processes as Linux does")
 def test_killed_and_run_again_it_is_the_same_to_the_last_byte(photos, whole, tmp_path):
     out = tmp_path / "copy"
     command = [sys.executable, "-m", "simmim.prepare", f"data.root={photos}", f"out={out}", "shard_mb=1", "workers=1"]
@@ -70,6 +73,8 @@ def test_killed_and_run_again_it_is_the_same_to_the_last_byte(photos, whole, tmp
     deadline = time.monotonic() + 60
     while not (out / "shard-00001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
+    workers = children_of(process.pid)
+    assert workers
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (out / "index.json").exists()
@@ -79,6 +84,22 @@ def test_killed_and_run_again_it_is_the_same_to_the_last_byte(photos, whole, tmp
     assert re.search(r"\d+ of 152 images are there already", done.stdout + done.stderr)
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert content(out) == content(whole)
+    assert not set(workers) & set(living()), "the workers of the killed process are left"
+
+
+def living():
+    """Processes that are no zombies: number, and that of the parent."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(status.parent.name)] = int(parent)
+    return found
+
+
+def children_of(parent):
+    return [process for process, its_parent in living().items() if its_parent == parent]
 
 
 def test_ctrl_c_is_one_line_and_loses_no_whole_shard(photos, whole, tmp_path, monkeypatch):
