@@ -14,7 +14,7 @@ from simmim.pretrain import run_length
 from simmim.training.schedule import lr_factor
 
 GROUPS = ("data", "experiment", "logger", "model", "trainer")
-COMMANDS = ("pretrain", "reconstruct")
+COMMANDS = ("prepare", "pretrain", "reconstruct")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 # Typed from the published tables. lr at the global batch it is given for.
@@ -36,6 +36,7 @@ def config_of(*overrides):
 def test_every_choice_of_every_group_composes(group, choice):
     needed = {
         "folder": ["data.root=photos"],
+        "shards": ["data.root=copy"],
         "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
     }
     root = ["data.root=photos"] if group == "experiment" and choice != "debug" else []

@@ -1,27 +1,26 @@
 """From the bytes of an image file to a uint8 tensor.
 
-The only place that touches `torchvision.io`. PIL reads the header (format, mode, size and EXIF
-orientation, without decoding a pixel), then the faster decoder that gives the same picture is used.
+JPEG files that need no turning, most of all images, are decoded by libjpeg-turbo, straight to a tensor. PIL
+decodes everything else, and has the last word on every damaged file.
 """
 
 import io
 import warnings
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 170_000_000  # a satellite scene passes; just below the limit of PIL itself
 HEAD_BYTES = 16  # what `image_format` needs
 
-_MODES = {
-    1: ("L", ImageReadMode.GRAY),
-    3: ("RGB", ImageReadMode.RGB),
-    4: ("RGBA", ImageReadMode.RGB_ALPHA),
-}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_JPEG_COLOURS = {"YCbCr", "Gray"}  # as stored; the others (CMYK, RGB) are rare, and left to PIL
+_JPEG_START_OF_SCAN = 0xDA
+_JPEG_APP1 = 0xE1  # holds EXIF, or XMP
 _ORIENTATION = 0x0112
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -66,9 +65,6 @@ def decode(data: bytes, channels: int) -> Tensor:
     with warnings.catch_warnings():
         # PIL warns of every odd tag and of large sizes; what matters becomes an UnreadableImage.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        # torchvision 0.29 deprecates its decoders in favour of torchcodec, a package of its own. Until they
-        # go they are the fastest at hand; then PIL, which reads all the formats already, can stand in.
-        warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
         try:
             return _decode(data, channels)
         except UnreadableImage:
@@ -88,39 +84,60 @@ def image_format(head: bytes) -> str | None:
     return "BMP" if head[:2] == b"BM" and head[6:10] == bytes(4) else None
 
 
+def is_upright_jpeg(data: bytes) -> bool:
+    """Whether a file that `decode` can read is a JPEG that neither EXIF nor XMP turns."""
+    if not data.startswith(_SIGNATURES[0][0]):
+        return False
+    return not _may_be_turned(data) or _open(data).getexif().get(_ORIENTATION, 1) == 1
+
+
 def _decode(data: bytes, channels: int) -> Tensor:
+    if channels != 4 and is_upright_jpeg(data):
+        try:
+            return _decode_jpeg(data, channels)
+        except ValueError:
+            pass  # PIL knows more kinds, and tells truncated from damaged
+    return _decode_with_pil(_open(data), channels)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header alone."""
     # A closed list of formats: PIL would also start Ghostscript for an EPS file named .jpg.
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
+    _refuse_bomb(*image.size)
+    return image
+
+
+def _refuse_bomb(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise UnreadableImage(
             f"{width}x{height} px, more than the limit of {MAX_PIXELS:,} px: refused as a decompression bomb"
         )
-    if _torchvision_agrees(image, channels):
-        try:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            pixels: Tensor = decode_image(buffer, mode=_MODES[channels][1])
-            return pixels
-        except RuntimeError:
-            pass  # PIL has the last word: it reads animated WebP, and tells truncated from damaged
-    return _decode_with_pil(image, channels)
 
 
-def _torchvision_agrees(image: Image.Image, channels: int) -> bool:
-    """Whether torchvision decodes this file to the same picture as PIL; it is then the faster one.
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a JPEG has metadata before its pixels, or a header too odd to tell. PIL takes five times as long."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] >= 0xC0:
+        marker = data[at + 1]
+        if marker in (_JPEG_APP1, _JPEG_START_OF_SCAN):
+            return marker == _JPEG_APP1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return True
 
-    PNG is left to PIL: torchvision's decoder is hardly faster, and a damaged file can end the process with a
-    segmentation fault.
+
+def _decode_jpeg(data: bytes, channels: int) -> Tensor:
+    """Decodes with libjpeg-turbo, as PIL does too; its grey is the file's luma plane, PIL's is made from RGB.
+
+    Raises:
+        ValueError: If the file is damaged, truncated, or of a kind left to PIL.
     """
-    if image.format == "JPEG":  # its grey is the file's luma plane, PIL's is computed again from clipped RGB
-        return channels != 4 and image.mode in ("RGB", "L") and _is_upright(image)
-    if image.format == "WEBP":  # torchvision does not convert WebP to grey
-        return channels != 1 and _is_upright(image)
-    return False
-
-
-def _is_upright(image: Image.Image) -> bool:
-    return bool(image.getexif().get(_ORIENTATION, 1) == 1)
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    if colours not in _JPEG_COLOURS:
+        raise ValueError(f"stored as {colours}")
+    _refuse_bomb(width, height)
+    pixels = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")  # (H, W, C)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _decode_with_pil(image: Image.Image, channels: int) -> Tensor:
@@ -130,7 +147,7 @@ def _decode_with_pil(image: Image.Image, channels: int) -> Tensor:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # PIL's own conversion to 8 bit clips at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    pixels = np.array(image.convert(_MODES[channels][0]))  # (H, W) or (H, W, C)
+    pixels = np.array(image.convert(_MODES[channels]))  # (H, W) or (H, W, C)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 

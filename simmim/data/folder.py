@@ -1,29 +1,29 @@
 """Images below a folder: listing, classes, and a split that stays."""
 
-import copy
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from simmim.data.decoding import HEAD_BYTES, UnreadableImage, decode, image_format
+from simmim.data.decoding import HEAD_BYTES, UnreadableImage, image_format
+from simmim.data.files import FileSource, PackedStrings
 from simmim.run_folder import whole_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+Files = TypeVar("Files", bound=FileSource)
 
 log = logging.getLogger(__name__)
 _LISTING_VERSION = "simmim folder listing 1"
 _CLOCK_TICK_NS = 2_000_000_000  # the coarsest time stamps of directories in use (FAT)
 
 
-class FolderSource:
+class FolderSource(FileSource):
     """The images below a folder, at any depth, sorted by path.
 
     Where every image lies in a sub-folder of `root`, the first-level folders are the classes, sorted by name,
@@ -35,63 +35,42 @@ class FolderSource:
         channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
         key: What the folder is called in messages.
 
-    Attributes:
-        root: The folder.
-        classes: Class names; empty for unlabelled images. A subset keeps all of them.
-
     Raises:
         ValueError: If the folder does not exist, is no folder or holds no image; for other `channels`.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:
-        if channels not in (1, 3, 4):
-            raise ValueError(
-                f"data.channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
-            )
-        self.root = Path(root).expanduser()
-        self.channels = channels
-        _require_folder(self.root, key)
-        self._names = _PackedStrings.pack(list_images(self.root))
-        if not len(self._names):
-            raise ValueError(f"{key}={self.root} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
-        self.classes, self._labels = _classes(self._names)
-        self._indices = np.arange(len(self._names))
+        folder = Path(root).expanduser()
+        require_folder(folder, key)
+        names = PackedStrings.pack(list_images(folder))
+        if not len(names):
+            raise ValueError(f"{key}={folder} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
+        super().__init__(folder, names, *_classes(names), channels=channels)
 
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self._indices)
-
-    def load(self, index: int) -> tuple[Tensor, int]:
-        """Read and decode one image.
-
-        Returns:
-            uint8 tensor (channels, H, W), and its label: an index into `classes`, or -1 without classes.
+    def read(self, index: int) -> bytes:
+        """The content of an image's file.
 
         Raises:
-            UnreadableImage: If the file cannot be opened or decoded; the message does not name the file.
+            UnreadableImage: If it cannot be opened; the message does not name the file.
         """
         try:
-            data = Path(self.name(index)).read_bytes()
+            return Path(self.name(index)).read_bytes()
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from error
-        return decode(data, self.channels), int(self._labels[self._indices[index]])
+
+    def file_size(self, index: int) -> int:
+        """Bytes of an image's file; 0 if it cannot be opened."""
+        try:
+            return Path(self.name(index)).stat().st_size
+        except OSError:
+            return 0
 
     def name(self, index: int) -> str:
         """Path of an image, as shown to a user."""
         return str(self.root / self.relative_name(index))
 
-    def relative_name(self, index: int) -> str:
-        """Path of an image relative to `root`, with forward slashes on every system."""
-        return self._names[self._indices[index]]
 
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
-        """The images at these positions, in this order, as a source that shares the listing."""
-        chosen = copy.copy(self)
-        chosen._indices = self._indices[np.asarray(indices, dtype=np.int64)]
-        return chosen
-
-
-def split_by_hash(source: FolderSource, fraction: float) -> tuple[FolderSource, FolderSource]:
+def split_by_hash(source: Files, fraction: float) -> tuple[Files, Files]:
     """Set images aside for validation by a hash of their relative path.
 
     The same image lands on the same side on every machine and after other images have come or gone (where
@@ -136,7 +115,8 @@ def list_images(root: Path) -> list[str]:
     return names
 
 
-def _require_folder(root: Path, key: str) -> None:
+def require_folder(root: Path, key: str) -> None:
+    """Raises a ValueError unless `root` is a folder that can be read."""
     if not root.exists():
         raise ValueError(f"{key}={root} does not exist: give a folder of images")
     if not root.is_dir():
@@ -192,7 +172,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _classes(names: "_PackedStrings") -> tuple[list[str], NDArray[np.int32]]:
+def _classes(names: PackedStrings) -> tuple[list[str], NDArray[np.int32]]:
     """Class names and a label for each image; no names and -1 if an image lies directly in the root."""
     if any("/" not in name for name in names):
         return [], np.full(len(names), -1, dtype=np.int32)
@@ -209,34 +189,6 @@ def _hash_position(name: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-class _PackedStrings:
-    """An immutable list of strings in two arrays.
-
-    A Python list of a million strings would be copied into every data-loading process, page by page, as its
-    reference counts are touched.
-    """
-
-    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
-        self.text = text  # all strings in UTF-8, one behind the other
-        self.ends = ends  # where each one ends, in bytes
-
-    @classmethod
-    def pack(cls, strings: Sequence[str]) -> Self:
-        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum(lengths))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = self.ends[index - 1] if index > 0 else 0
-        return self.text[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
-
-
 def _cache_file(root: Path) -> Path | None:
     """Where the listing of this folder is kept, or None on a system without a home folder."""
     try:
@@ -251,8 +203,8 @@ def _read_listing(cache: Path, root: Path) -> list[str] | None:
     """The cached list of images, or None if there is none, it is damaged, or a folder has changed since."""
     try:
         with np.load(cache, allow_pickle=False) as arrays:
-            names = _PackedStrings(arrays["names"], arrays["name_ends"])
-            folders = _PackedStrings(arrays["folders"], arrays["folder_ends"])
+            names = PackedStrings(arrays["names"], arrays["name_ends"])
+            folders = PackedStrings(arrays["folders"], arrays["folder_ends"])
             mtimes = arrays["folder_mtimes_ns"]
         if all((root / name).stat().st_mtime_ns == at for name, at in zip(folders, mtimes, strict=True)):
             return list(names)
@@ -263,7 +215,7 @@ def _read_listing(cache: Path, root: Path) -> list[str] | None:
 
 def _write_listing(cache: Path, names: list[str], folders: dict[str, int]) -> None:
     """Keeps a listing; a cache folder that cannot be written is no error."""
-    packed, packed_folders = _PackedStrings.pack(names), _PackedStrings.pack(list(folders))
+    packed, packed_folders = PackedStrings.pack(names), PackedStrings.pack(list(folders))
     try:
         with whole_file(cache) as temporary, temporary.open("wb") as file:
             np.savez_compressed(

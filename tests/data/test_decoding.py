@@ -80,6 +80,34 @@ def test_damaged_exif_does_not_make_a_picture_unreadable():
     assert decode(data, 3).shape == (3, 45, 60)
 
 
+@pytest.mark.parametrize("filling", [0, 1, 3])
+def test_orientation_is_found_behind_other_segments_of_a_jpeg(filling):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture(), "JPEG", exif=exif, comment=b"\xff\xda" * 50)
+    profile = b"\xff\xe2" + struct.pack(">H", 5002) + b"\xff\xda" * 2500
+    data = data[:2] + profile * filling + data[2:]
+    assert same(decode(data, 3), by_pil(data, "RGB"))
+    assert decode(data, 3).shape == (3, 60, 45)
+
+
+def test_orientation_in_xmp_is_applied_too():
+    data = encoded(picture(), "JPEG", xmp=b'<x tiff:Orientation="6"/>')
+    assert decode(data, 3).shape == (3, 60, 45)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_photographs_take_the_fast_way(kind, monkeypatch):
+    data = encoded(picture(), kind)
+    expected = by_pil(data, "RGB")
+    monkeypatch.setattr("simmim.data.decoding.Image.open", None)  # whatever needs PIL fails from here on
+    if kind == "JPEG":
+        assert same(decode(data, 3), expected)
+    else:
+        with pytest.raises(UnreadableImage):
+            decode(data, 3)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_not_clipped(kind):
     ramp = np.linspace(0, 65535, 60 * 45).round().astype(np.uint16).reshape(45, 60)
@@ -153,6 +181,14 @@ def bomb(width, height):
     """A BMP header of a size in pixels, without the pixels."""
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
     return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header
+
+
+def test_a_jpeg_bomb_is_refused_before_decoding():
+    data = bytearray(encoded(picture(), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    with pytest.raises(UnreadableImage, match="refused as a decompression bomb"):
+        decode(bytes(data), 3)
 
 
 @pytest.mark.parametrize("size", [(16_000, 16_000), (13_100, 13_000)])

@@ -94,6 +94,18 @@ def test_a_batch_gathers_what_could_not_be_read():
     assert batch["unreadable"] == [("folder/4.jpg", "empty file")]
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_batch_keeps_the_layout_of_its_images(channels):
+    rows = [torch.randint(0, 256, (6, 5, channels), dtype=torch.uint8) for _ in range(3)]
+    images = [image.permute(2, 0, 1) for image in rows]
+    others = {"mask": torch.ones(1, 1, dtype=torch.bool), "label": 0, "unreadable": []}
+    decoded = collate([{"image": image, **others} for image in images])["image"]
+    drawn = collate([{"image": image.contiguous(), **others} for image in images])["image"]
+    assert torch.equal(decoded, drawn) and torch.equal(decoded, torch.stack(images))
+    assert decoded.is_contiguous(memory_format=torch.channels_last)
+    assert drawn.is_contiguous()
+
+
 def test_the_pictures_show_the_first_samples_of_the_validation_set():
     dataset = samples(SyntheticSource(3, (40, 40), channels=3))
     assert fixed_batch(dataset, 8)["image"].shape[0] == 3
@@ -107,5 +119,5 @@ def test_training_and_validation_differ():
 
 
 def test_an_unknown_source_is_refused():
-    with pytest.raises(ValueError, match=r"data\.source=lmdb is unknown: choose synthetic or folder"):
+    with pytest.raises(ValueError, match=r"data\.source=lmdb is unknown: choose synthetic, folder or shards"):
         create_sources({"source": "lmdb", "channels": 3}, (32, 32))
