@@ -116,7 +116,7 @@ def sequential_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Wind
 
     The backward pass computes the probabilities again: it needs no more than qkv.
     """
-    x: Tensor = _sequential(qkv, scale, table, regions, window)
+    x: Tensor = _sequential(qkv, scale, table, regions, window)[0]
     return x
 
 
@@ -178,76 +178,95 @@ def _compiled_flex() -> Any:
 
 
 @torch.library.custom_op("simmim::sequential_attention", mutates_args=())
-def _sequential(qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int]) -> Tensor:
-    out = torch.empty_like(qkv[2])
+def _sequential(
+    qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Returns the attention's output and by how much queries and keys were stretched, (2, n, W, T)."""
+    out, stretch = torch.empty_like(qkv[2]), _stretch(qkv, scale)
     at_query, at_key = _region_vectors(qkv, regions)
-    one = scale.new_ones(1)
     head_turns, window_turns, query_turns = _turns(qkv)
     with torch.autocast(qkv.device.type, enabled=False):
         for heads in head_turns:
             bias = bias_of_pairs(table[heads], (window[0], window[1]))
             for windows in window_turns:
-                key, _ = _unit_columns(_cut(qkv[1], heads, windows), one)
-                key = _append(key, at_key, windows)
+                key = _append(_stretched(qkv[1], stretch[1], heads, windows), at_key, windows)
                 value = _cut(qkv[2], heads, windows)
                 for queries in query_turns:
-                    query, _ = _unit_columns(_cut(qkv[0], heads, windows, queries), scale[heads])
+                    query = _stretched(qkv[0], stretch[0], heads, windows, queries)
                     query = _append(query, at_query, windows, queries)
                     probabilities = _probabilities(query, key, bias[:, queries])
-                    _put(out, torch.bmm(value, probabilities.transpose(1, 2)), heads, windows, queries)
-    return out
+                    _part(out, heads, windows, queries).copy_(
+                        _by_head(torch.bmm(value, probabilities.transpose(1, 2)), bias)
+                    )
+    return out, stretch
 
 
 @torch.library.custom_op("simmim::sequential_attention_backward", mutates_args=())
 def _sequential_backward(
-    grad_out: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int]
+    grad_out: Tensor,
+    qkv: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    regions: Tensor | None,
+    stretch: Tensor,
+    window: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_qkv, grad_scale, grad_table = torch.empty_like(qkv), torch.zeros_like(scale), torch.empty_like(table)
     at_query, at_key = _region_vectors(qkv, regions)
-    one = scale.new_ones(1)
     head_turns, window_turns, query_turns = _turns(qkv)
-    size = (window[0], window[1])
+    size, one = (window[0], window[1]), scale.new_ones(1)
     with torch.autocast(qkv.device.type, enabled=False):
         for heads in head_turns:
             bias = bias_of_pairs(table[heads], size)
             grad_bias = torch.zeros_like(bias)
             for windows in window_turns:
-                key, key_stretch = _unit_columns(_cut(qkv[1], heads, windows), one)
+                key, value = _stretched(qkv[1], stretch[1], heads, windows), _cut(qkv[2], heads, windows)
                 seen = _append(key, at_key, windows)
-                value = _cut(qkv[2], heads, windows)
-                grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+                grad_keys, grad_values = [], []
                 for queries in query_turns:
-                    query, stretch = _unit_columns(_cut(qkv[0], heads, windows, queries), scale[heads])
+                    query = _stretched(qkv[0], stretch[0], heads, windows, queries)
                     sees = _append(query, at_query, windows, queries)
                     probabilities = _probabilities(sees, seen, bias[:, queries])
                     grad_x = _cut(grad_out, heads, windows, queries)
-                    grad_value += torch.bmm(grad_x, probabilities)
+                    grad_values.append(torch.bmm(grad_x, probabilities))
                     grad = torch.bmm(grad_x.transpose(1, 2), value)
                     grad = torch.ops.aten._softmax_backward_data(grad, probabilities, -1, grad.dtype)  # of the logits
                     grad_bias[:, queries] += _by_head(grad, bias).sum(1)
-                    grad_key += torch.bmm(query, grad)
+                    grad_keys.append(torch.bmm(query, grad))
                     grad_query = torch.bmm(key, grad.transpose(1, 2))
-                    grad_query, along = _through_unit(grad_query, query, stretch, scale[heads])
-                    grad_scale[heads] += _by_head(along, bias).sum((1, 2, 3))
-                    _put(grad_qkv[0], grad_query, heads, windows, queries)
-                grad_key, _ = _through_unit(grad_key, key, key_stretch, one)
-                _put(grad_qkv[1], grad_key, heads, windows)
-                _put(grad_qkv[2], grad_value, heads, windows)
+                    grad_scale[heads] += _through_stretch(
+                        grad_query, query, scale[heads], stretch[0], grad_qkv[0], heads, windows, queries
+                    )
+                _through_stretch(_total(grad_keys), key, one, stretch[1], grad_qkv[1], heads, windows)
+                _part(grad_qkv[2], heads, windows).copy_(_by_head(_total(grad_values), bias))
             grad_table[heads] = table_of_pairs(grad_bias, size)
     return grad_qkv, grad_scale / scale, grad_table
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.window = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor, grad_stretch: Tensor) -> tuple[Tensor | None, ...]:
     return *_sequential_backward(grad_out, *ctx.saved_tensors, ctx.window), None, None
 
 
-_sequential.register_fake(lambda qkv, *others: torch.empty_like(qkv[2]))
-_sequential_backward.register_fake(lambda grad_out, *inputs: tuple(torch.empty_like(x) for x in inputs[:3]))
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@_sequential.register_fake
+def _(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    three, heads, _, windows, tokens = qkv.shape
+    return torch.empty_like(qkv[2]), qkv.new_empty(three - 1, heads, windows, tokens, dtype=_precise(qkv.dtype))
+
+
+@_sequential_backward.register_fake
+def _(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs[:3])
+
+
 _sequential.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
@@ -266,34 +285,63 @@ def _turns(qkv: Tensor) -> tuple[list[slice], list[slice], list[slice]]:
     return heads_turns, windows_turns, queries_turns
 
 
+def _part(x: Tensor, heads: slice, windows: slice, tokens: slice = ALL) -> Tensor:
+    """What a turn takes of (n, d, W, T) as a view, (heads, windows, d, t)."""
+    return x[heads, :, windows, tokens].transpose(1, 2)
+
+
 def _cut(x: Tensor, heads: slice, windows: slice, tokens: slice = ALL) -> Tensor:
-    """A part of (n, d, W, T) as matrices (m, d, t) in fp32."""
-    return _promoted(x[heads, :, windows, tokens].transpose(1, 2).flatten(0, 1))
-
-
-def _put(x: Tensor, part: Tensor, heads: slice, windows: slice, tokens: slice = ALL) -> None:
-    """Undoes `_cut`."""
-    place = x[heads, :, windows, tokens].transpose(1, 2)
-    place.copy_(part.view(place.shape))
+    """The same as matrices (m, d, t), in fp32."""
+    return _promoted(_part(x, heads, windows, tokens).flatten(0, 1))
 
 
 def _by_head(x: Tensor, heads: Tensor) -> Tensor:
-    """The matrices of a turn, (m, ...), under its heads, (heads, ...): (heads, m / heads, ...)."""
+    """The matrices of a turn under its heads: (m, ...) -> (heads, m / heads, ...)."""
     return x.view(len(heads), -1, *x.shape[1:])
 
 
-def _unit_columns(x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of (m, d, t) stretched to a length for each head, and by how much: (m, 1, t)."""
-    stretch = (x * x).sum(1, keepdim=True).clamp_(min=1e-24).rsqrt_()
-    _by_head(stretch, length).mul_(length[:, None, None, None])
-    return x * stretch, stretch
+def _stretch(qkv: Tensor, scale: Tensor) -> Tensor:
+    """By how much to stretch queries to the length of scale and keys to the length of one: (2, n, W, T), fp32."""
+    at_a_time = max(1, LOGITS_AT_A_TIME // math.prod(qkv.shape[2:]))
+    parts = [_promoted(x) for x in torch.split(qkv[:2].flatten(0, 1), at_a_time)]  # some heads at a time
+    stretch = torch.cat([(x * x).sum(1) for x in parts]).clamp_(min=1e-24).rsqrt_()
+    stretch[: len(scale)].mul_(scale[:, None, None])
+    return stretch.view(2, -1, *stretch.shape[1:])
 
 
-def _through_unit(grad: Tensor, x: Tensor, stretch: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `_unit_columns`, which has no part along x; and that part: (m, 1, t)."""
+def _stretched(x: Tensor, stretch: Tensor, heads: slice, windows: slice, tokens: slice = ALL) -> Tensor:
+    """Queries or keys of a turn at their new length: (m, d, t)."""
+    part, by = _part(x, heads, windows, tokens), stretch[heads, windows, tokens].unsqueeze(2)
+    out = by.new_empty(part.shape)
+    torch.mul(part, by, out=out)
+    return out.flatten(0, 1)
+
+
+def _through_stretch(
+    grad: Tensor,
+    x: Tensor,
+    length: Tensor,
+    stretch: Tensor,
+    grad_in: Tensor,
+    heads: slice,
+    windows: slice,
+    tokens: slice = ALL,
+) -> Tensor:
+    """The gradient of `_stretched`, written to grad_in: what grad has along x is lost, since the length is given.
+
+    Returns:
+        The sum over each head of grad along x, times the length.
+    """
     along = (grad * x).sum(1, keepdim=True)
-    part = _by_head(along, length) / -length.square()[:, None, None, None]
-    return grad.addcmul_(x, part.view_as(along)).mul_(stretch), along
+    lost = _by_head(along, length) / -length.square()[:, None, None, None]
+    grad.addcmul_(x, lost.view_as(along))
+    place = _part(grad_in, heads, windows, tokens)
+    place.copy_(grad.view(place.shape).mul_(stretch[heads, windows, tokens].unsqueeze(2)))
+    return _by_head(along, length).sum((1, 2, 3))
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _region_vectors(qkv: Tensor, regions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -320,4 +368,4 @@ def _probabilities(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
     """Softmax over the keys: (m, d, t), (m, d, T) and (heads, t, T) -> (m, t, T)."""
     logits = torch.bmm(query.transpose(1, 2), key)
     _by_head(logits, bias).add_(bias[:, None])
-    return logits.softmax(-1)
+    return torch.softmax(logits, -1, out=logits)

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from simmim.encoders.attention import resolve_implementation, window_attention
+from simmim.encoders.mlp import MLP
 from simmim.encoders.position_bias import LogSpacedPositionBias, log_spaced_offsets
 from simmim.encoders.windows import Geometry, Windows, merge, places, regions, reorder
 from simmim.masking import expand_mask
@@ -31,9 +31,6 @@ SIZES: dict[str, dict[str, Any]] = {
 """The published sizes (table 1 and section 4.1). One article prints 2,2,42,2 for G: that gives 2.6 B parameters,
 while the paper's 2,2,42,4 gives the 3.0 B that it states. The head counts of H and G keep the 32 channels a head
 of the others; the paper does not print them."""
-
-MLP_RATIO = 4
-"""Width of the hidden layer of a block's MLP, in multiples of the block's channels."""
 
 
 class WindowAttention(nn.Module):
@@ -99,7 +96,7 @@ class Block(nn.Module):
         self.shifted = shifted
         self.attention = WindowAttention(dim, num_heads, implementation=implementation)
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, MLP_RATIO * dim), nn.GELU(), nn.Linear(MLP_RATIO * dim, dim))
+        self.mlp = MLP(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.extra_norm = nn.LayerNorm(dim) if extra_norm else nn.Identity()
@@ -112,14 +109,9 @@ class Block(nn.Module):
             image = torch.div(rows, x.shape[1] * x.shape[2], rounding_mode="floor")
             x = x.flatten(0, 2)[rows]
         x = x + self.drop(self.norm1(attended), batch, image)
-        x = x + self.drop(self.norm2(self.widen(x)), batch, image)
+        x = x + self.drop(self.norm2(self.mlp(x)), batch, image)
         x = self.extra_norm(x)
         return x
-
-    def widen(self, x: Tensor) -> Tensor:
-        """The MLP. Its activation is computed again in the backward pass: keeping it would cost more than all of x."""
-        hidden = self.mlp[0](x)  # (..., 4C)
-        return checkpoint(self.mlp[1:], hidden, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     def drop(self, branch: Tensor, batch: int, image: Tensor | None) -> Tensor:
         """Drops the branch for some images: all tokens, or those whose image is given, of a batch of so many."""
