@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -166,6 +167,49 @@ def check_number(key: str, value: Any, *, whole: bool = False, positive: bool = 
         raise ValueError(f"{key}={value} must be {kind}")
     if (value < 0 and not signed) or (positive and value == 0):
         raise ValueError(f"{key}={value} must be {kind}, {'positive' if positive else 'at least 0'}")
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether `trainer.accelerator` means a GPU, here.
+
+    Raises:
+        ValueError: If it is unknown, or a GPU that PyTorch does not find.
+    """
+    accelerator = config["trainer"]["accelerator"]
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator=gpu, but PyTorch finds no GPU here: give trainer=cpu, or mend its driver")
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
+def precision_of(config: Config) -> Any:
+    """What `trainer.precision` means here: 32-true or bf16-mixed.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    precision = config["trainer"]["precision"]
+    if precision == "auto":
+        return "bf16-mixed" if on_gpu(config) else "32-true"
+    if precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(
+            f"trainer.precision={precision} is unknown: choose auto, 32-true or bf16-mixed (fp16 overflows)"
+        )
+    return precision
+
+
+def image_size_of(config: Config) -> tuple[int, int]:
+    """Height and width in pixels that `data.image_size` means.
+
+    Raises:
+        ValueError: If it is neither a number nor two of them.
+    """
+    size = config["data"]["image_size"]
+    sides = [size, size] if isinstance(size, int) else size
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"data.image_size={size} must be a number of pixels or [height, width]")
+    return sides[0], sides[1]
 
 
 def quieten_libraries() -> None:

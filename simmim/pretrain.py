@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, check_number, command, quieten_libraries
+from simmim.command import Config, check_number, command, image_size_of, on_gpu, precision_of, quieten_libraries
 from simmim.data.module import MaskedImageData, create_sources, fixed_batch
 from simmim.encoders.weights import load_encoder_weights, save_encoder
 from simmim.masking import Masking
@@ -62,7 +62,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         ValueError: If the config contradicts itself or the data cannot be used.
     """
     quieten_libraries()
-    output_dir, image_size = Path(config["output_dir"]), _image_size(config)
+    output_dir, image_size = Path(config["output_dir"]), image_size_of(config)
     checkpoint = find_checkpoint(config["resume"], output_dir)
     task, data, length = build(config)
     if checkpoint is not None:
@@ -95,7 +95,7 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
     check_numbers(config)
     torch.set_flush_denormal(True)  # the -100 of the shifted windows makes denormals, which a CPU is slow with
     lightning.seed_everything(config["seed"], verbose=False)
-    data_config, image_size = config["data"], _image_size(config)
+    data_config, image_size = config["data"], image_size_of(config)
     masking = Masking(image_size, model_patch_size=config["model"]["patch_size"], **config["masking"])
     sources = create_sources(data_config, image_size)
     length = run_length(config, len(sources[0]))
@@ -104,7 +104,7 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
         masking=masking,
         image_size=image_size,
         num_batches=length.total_steps * config["trainer"]["accumulate_grad_batches"],
-        on_gpu=_on_gpu(config),
+        on_gpu=on_gpu(config),
         seed=config["seed"],
         **{key: data_config[key] for key in ("crop_scale", "crop_ratio", "batch_size", "num_workers")},
     )
@@ -131,6 +131,9 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
         seed=config["seed"],
     )
     task.network.encoder.check_image_size(*image_size)
+    task.network.encoder.activation_checkpointing = config["trainer"]["activation_checkpointing"]
+    if config["trainer"]["compile"]:
+        task.network.encoder.compile_blocks()
     if masking.patch_size % config["objective"]["target_downsampling"]:
         raise ValueError(
             f"objective.target_downsampling={config['objective']['target_downsampling']} must divide "
@@ -198,7 +201,7 @@ def create_trainer(config: Config, data: MaskedImageData, length: Length, *, res
     return Trainer(
         accelerator=settings["accelerator"],
         devices=settings["devices"],
-        precision=_precision(config),
+        precision=precision_of(config),
         max_steps=length.total_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -249,34 +252,6 @@ def _loggers(config: Config, resumed_step: int) -> list[Logger]:
         logger.log_hyperparams(config)
         loggers.append(logger)
     return loggers
-
-
-def _on_gpu(config: Config) -> bool:
-    accelerator = config["trainer"]["accelerator"]
-    if accelerator not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("trainer.accelerator=gpu, but PyTorch finds no GPU here: give trainer=cpu, or mend its driver")
-    return accelerator != "cpu" and torch.cuda.is_available()
-
-
-def _precision(config: Config) -> Any:
-    precision = config["trainer"]["precision"]
-    if precision == "auto":
-        return "bf16-mixed" if _on_gpu(config) else "32-true"
-    if precision not in ("32-true", "bf16-mixed"):
-        raise ValueError(
-            f"trainer.precision={precision} is unknown: choose auto, 32-true or bf16-mixed (fp16 overflows)"
-        )
-    return precision
-
-
-def _image_size(config: Config) -> tuple[int, int]:
-    size = config["data"]["image_size"]
-    sides = [size, size] if isinstance(size, int) else size
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"data.image_size={size} must be a number of pixels or [height, width]")
-    return sides[0], sides[1]
 
 
 def _per_channel(data: Config, key: str) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from simmim.encoders.attention import resolve_implementation, window_attention
@@ -167,6 +168,10 @@ class SwinTransformerV2(nn.Module):
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
         attention: Implementation of the attention, see `simmim.encoders.attention`.
 
+    Attributes:
+        activation_checkpointing: Whether the backward pass computes each block again instead of keeping what is in
+            it; may be set at any time.
+
     Raises:
         ValueError: If the numbers contradict each other.
     """
@@ -204,6 +209,7 @@ class SwinTransformerV2(nn.Module):
         self.patch_size = patch_size
         self.window_size = window_size
         self.trained_windows = trained_windows
+        self.activation_checkpointing = False
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.channels = [embed_dim * 2**stage for stage in range(len(depths))]
         blocks = sum(depths)
@@ -233,6 +239,13 @@ class SwinTransformerV2(nn.Module):
     def blocks(self) -> list[list[Block]]:
         """The blocks of each stage."""
         return [[cast(Block, block) for block in stage.children()] for stage in self.stages]
+
+    def compile_blocks(self) -> None:
+        """Compiles each block in place: blocks of one geometry share their code, parameters keep their names."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one a geometry
+        for stage in self.blocks:
+            for block in stage:
+                block.compile()
 
     def init_weights(self) -> None:
         """Linear weights from a truncated normal, biases zero, post-norms zero: each block starts as identity."""
@@ -345,9 +358,14 @@ class SwinTransformerV2(nn.Module):
             for block in stage:
                 source, windows = windows, Windows.fit(size, self.window_size, shifted=block.shifted)
                 rows = _rows(at, windows) if at is not None and block is self.blocks[-1][-1] else None
-                x = block(reorder(x, source, windows), self._geometry(windows, number, x.device), rows)
+                x = self._run(block, reorder(x, source, windows), self._geometry(windows, number, x.device), rows)
             outputs.append((x, windows))
         return outputs
+
+    def _run(self, block: Block, x: Tensor, geometry: Geometry, rows: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, geometry, rows, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x, geometry, rows)  # type: ignore[no-any-return]
 
     def _geometry(self, windows: Windows, stage: int, device: torch.device) -> Geometry:
         trained = self.trained_windows[stage]
