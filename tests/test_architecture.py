@@ -14,7 +14,7 @@ MODULES = {
     ".".join(("simmim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-COMMANDS = {"simmim.prepare", "simmim.pretrain", "simmim.reconstruct"}
+COMMANDS = {"simmim.benchmark", "simmim.prepare", "simmim.pretrain", "simmim.reconstruct"}
 LEVELS = [
     {"simmim.seeding", "simmim.masking", "simmim.run_folder", "simmim.targets"},
     {"simmim.pictures", "simmim.encoders"},

@@ -30,8 +30,8 @@ infinity: with a scale of up to 100 and a bias of up to 16, released models see 
 UNREACHABLE = -1e5
 """What is added where one of the two is padding: its exponential is zero."""
 
-LOGITS_AT_A_TIME = 2**20
-"""Of sequential attention, which keeps them in cache: 4 MB."""
+LOGITS_AT_A_TIME = 2**21
+"""Of sequential attention, which keeps them in cache: 8 MB."""
 
 ALL = slice(None)
 
