@@ -6,6 +6,7 @@ included, because a new encoder's zeros would hide everything behind them.
 
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import Swinv2Config, Swinv2Model
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer
 
@@ -223,6 +225,22 @@ def test_features_at_some_places_are_those_of_the_whole(drop_path: float) -> Non
         results.append((features, gradients(model)))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
     assert_same_gradients(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which PyTorch compiles with on a CPU")
+def test_compiled_blocks_change_no_number() -> None:
+    """Names stay, too: a checkpoint of a compiled model loads into another one."""
+    encoder, compiled = (small_encoder(4, 8, depths=(2, 1), num_heads=(3, 3), embed_dim=12) for _ in range(2))
+    randomize(encoder)
+    compiled.load_state_dict(encoder.state_dict())
+    compiled.compile_blocks()
+    assert compiled.state_dict().keys() == encoder.state_dict().keys()
+    graphs = counters["stats"]["unique_graphs"]
+    for model in (encoder, compiled):
+        backward(model(images_of((64, 64))))
+    assert counters["stats"]["unique_graphs"] > graphs and not counters["graph_break"]
+    torch.testing.assert_close(compiled(images_of((64, 64))), encoder(images_of((64, 64))), atol=1e-5, rtol=0)
+    assert_same_gradients(gradients(compiled), gradients(encoder))
 
 
 def test_published_sizes() -> None:
