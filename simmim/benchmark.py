@@ -116,7 +116,8 @@ def memory_part(config: Config, work: Work) -> tuple[str, Rows]:
         rivals = [peaks[name] for name in config["peers"]]
         row["ours_to_best_peer"] = peaks[OURS] / min(rivals) if rivals else None
         rows.append(row)
-    return f"Peak memory: {_title(config, work)}", rows
+    model = config["model"]
+    return f"Peak memory of a step: {model['name']}, window {model['window_size']}, batch {work.batch_size}", rows
 
 
 def attention_part(config: Config, work: Work) -> tuple[str, Rows]:
@@ -154,7 +155,9 @@ def data_part(config: Config, work: Work) -> tuple[str, Rows]:
         rows.append({"what": what, "images_per_s": row["images_per_s"], "ratio": None, "psnr_db": None})
     runner = Runner(OURS, work)
     speed = work.batch_size / statistics.median(interleaved({OURS: runner}, rounds=3, warmup=2)[OURS])
-    needs = "" if max(config["loader_workers"]) == 0 else f": {workers_needed(loader, speed)} workers keep up"
+    needs = (
+        "" if max(config["loader_workers"]) == 0 else f"; loader processes to keep up: {workers_needed(loader, speed)}"
+    )
     rows.append({"what": f"{_title(config, work)}{needs}", "images_per_s": speed, "ratio": None, "psnr_db": None})
     return "Data", rows
 

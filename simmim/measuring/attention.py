@@ -18,6 +18,7 @@ class AttentionRunner:
     """Forward and backward of one implementation, in shifted windows over a map of at least 48 x 48 tokens."""
 
     def __init__(self, name: str, window: int, work: Work) -> None:
+        torch.set_flush_denormal(True)  # the -100 of the shifted windows makes denormals, which a CPU is slow with
         device = torch.device("cuda" if work.gpu else "cpu")
         side = window * max(2, 48 // window)
         shape = Windows.fit((side, side), window, shifted=True)
