@@ -86,6 +86,7 @@ def step_part(config: Config, work: Work) -> tuple[str, Rows]:
     memory = {name: peak_memory(name, work) for name in names}
     median = {name: statistics.median(seconds[name]) for name in names}
     rivals = [name for name in names if name != OURS]
+    leanest = min((memory[name]["step"] for name in rivals), default=0.0)  # 0 where a step is too small to be seen
     rows = [
         {
             "network": name,
@@ -95,7 +96,7 @@ def step_part(config: Config, work: Work) -> tuple[str, Rows]:
             "speed_to_best_peer": min(median[r] for r in rivals) / median[name] if rivals else None,
             "state_MB": memory[name]["state"],
             "step_MB": memory[name]["step"],
-            "memory_to_best_peer": memory[name]["step"] / min(memory[r]["step"] for r in rivals) if rivals else None,
+            "memory_to_best_peer": memory[name]["step"] / leanest if leanest else None,
             "GFLOP_a_step": flops / 1e9,
             "share_of_matrix_rate": flops / median[name] / rate,
         }
