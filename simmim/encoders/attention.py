@@ -114,7 +114,7 @@ def flex_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, re
 def sequential_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
     """The same for some heads, windows and queries at a time, in fp32; no T x T matrix outlives its turn.
 
-    The backward pass computes the probabilities again: it needs no more than qkv.
+    The backward pass computes the probabilities again: it needs qkv, and the lengths of queries and keys.
     """
     x: Tensor = _sequential(qkv, scale, table, regions, window)[0]
     return x

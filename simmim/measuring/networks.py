@@ -68,7 +68,7 @@ class Runner:
             target_window=47,
             target_downsampling=1,
         )
-        self.name, self.work = name, work
+        self.work = work
         self.device = torch.device("cuda" if work.gpu else "cpu")
         self.network = (ours if name == OURS else create_peer(name, ours, work.image_size)).to(self.device)
         if name == OURS:

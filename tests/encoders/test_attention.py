@@ -12,7 +12,7 @@ from simmim.encoders.attention import IMPLEMENTATIONS, MAX_LOG_SCALE, resolve_im
 from simmim.encoders.windows import Geometry, Windows, regions
 
 CPU = torch.device("cpu")
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 SHAPES = {
     "one window": Windows((6, 6), (6, 6)),
     "square": Windows((12, 12), (6, 6)),
@@ -68,9 +68,9 @@ def test_equals_reference(name: str, shape: Windows, device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: FlexAttention has a backward on GPUs alone")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_flex_equals_reference_on_a_gpu(shape: Windows) -> None:
+    """With gradients, which FlexAttention has on GPUs alone."""
     values = inputs(shape, device="cuda")
     assert_same(results("flex", shape, values), results("reference", shape, values), out=1e-4, gradients=1e-3)
 

@@ -39,4 +39,3 @@ def test_batch_and_size_multiply_the_operations() -> None:
     twice = WORK.changed(batch_size=4)
     assert model_flops(twice) == 2 * model_flops(WORK)
     assert model_flops(WORK.changed(image_size=(256, 128))) > 1.8 * model_flops(WORK)
-    assert MODEL["window_size"] == 4
