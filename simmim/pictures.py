@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simmim.masking import expand_mask
+from simmim.run_folder import whole_file
 
 GREY = 0.5
 """Colour of a hidden cell in a picture."""
@@ -59,8 +60,8 @@ def draw_panels(panels: Tensor, path: Path, *, titles: Sequence[str] = PANELS, c
                 axis.set_title(titles[column], fontsize=9)
     if caption:
         figure.supxlabel(caption, fontsize=7, color="0.35")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=max(110, min(300, width / side)))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=max(110, min(300, width / side)))
 
 
 def _for_display(image: Tensor) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, check_number, command
+from simmim.command import Config, command
 from simmim.data.decoding import UnreadableImage
 from simmim.data.folder import FolderSource
 from simmim.data.shards import (
@@ -48,7 +48,6 @@ def prepare(config: Config) -> Path:
     Raises:
         ValueError: If `out` holds anything else than a copy of these images with these settings, or at Ctrl-C.
     """
-    check(config)
     source = FolderSource(config["data"]["root"])
     out = Path(str(config["out"])).expanduser()
     claim(out, settings_of(source, config))
@@ -65,16 +64,6 @@ def prepare(config: Config) -> Path:
     write_index(out, records, source.classes, listed=len(source), short_side=config["short_side"])
     summarise(out, records)
     return out
-
-
-def check(config: Config) -> None:
-    """Refuses settings out of range."""
-    for key in ("short_side", "quality", "shard_mb"):
-        check_number(key, config[key], whole=True, positive=True)
-    if config["quality"] > 100:
-        raise ValueError(f"quality={config['quality']} must be at most 100")
-    if config["workers"] is not None:
-        check_number("workers", config["workers"], whole=True)
 
 
 def settings_of(source: FolderSource, config: Config) -> dict[str, str | int]:
@@ -134,6 +123,7 @@ class Conversions(Dataset[tuple[bytes | None, str]]):
         try:
             return shrink(self.source.read(index), self.short_side, self.quality), ""
         except UnreadableImage as error:
+            self.source.refuse_gone()
             return None, str(error)
 
 

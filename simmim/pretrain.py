@@ -4,7 +4,11 @@ With no argument: a small one on synthetic images, in about a minute on two CPU 
 all keys.
 """
 
+import gc
 import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +17,50 @@ import lightning
 import torch
 import wandb
 from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, check_number, command, image_size_of, on_gpu, precision_of, quieten_libraries
+from simmim.command import (
+    Config,
+    accumulation,
+    check_devices,
+    command,
+    image_size_of,
+    on_gpu,
+    precision_of,
+    quieten_libraries,
+    world_size,
+)
 from simmim.data.module import MaskedImageData, create_sources, fixed_batch
 from simmim.encoders.weights import load_encoder_weights, save_encoder
 from simmim.masking import Masking
-from simmim.run_folder import ENCODER, shown, step_of
+from simmim.plan import advice
+from simmim.run_folder import ENCODER, shown, step_of, whole_file
 from simmim.tasks.pretraining import Pretraining
-from simmim.training.callbacks import Progress, Reconstructions, UnreadableImages
-from simmim.training.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint, refuse_changed_settings
+from simmim.training.callbacks import NonFiniteSteps, Progress, Reconstructions, UnreadableImages, ValidationOnResume
+from simmim.training.checkpoint import (
+    Checkpointing,
+    Checkpoints,
+    Stopped,
+    find_checkpoint,
+    refuse_changed_settings,
+)
 from simmim.training.metrics import MetricsFile
+from simmim.training.sharding import ShardedStrategy, gather
 
 log = logging.getLogger(__name__)
+
+NO_MEMORY = "can't allocate memory"
+"""What PyTorch says when the memory of the machine is used up."""
+
+LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say when a process is gone."""
+
+WANDB_PATIENCE = 15.0
+"""Seconds that Weights & Biases may take to answer when a run begins; it asks twice."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +95,29 @@ def pretrain(config: Config) -> dict[str, Any]:
         ValueError: If the config contradicts itself or the data cannot be used.
     """
     quieten_libraries()
+    with logging_redirect_tqdm(), _explained(config):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
     output_dir, image_size = Path(config["output_dir"]), image_size_of(config)
     checkpoint = find_checkpoint(config["resume"], output_dir)
     task, data, length = build(config)
     if checkpoint is not None:
         refuse_changed_settings(checkpoint, dict(task.hparams))
     elif config["encoder"] is not None:
-        log.info(load_encoder_weights(task.network.encoder, Path(config["encoder"]), image_size=image_size))
+        for network in filter(None, (task.average, task.network)):
+            report = load_encoder_weights(network.encoder, Path(config["encoder"]), image_size=image_size)
+        log.info(report)
     output_dir.mkdir(parents=True, exist_ok=True)
     trainer = create_trainer(config, data, length, resumed_step=step_of(checkpoint) if checkpoint else 0)
-    OmegaConf.save(OmegaConf.create(config), output_dir / "config.yaml")  # last: a refused config leaves the run's own
+    if trainer.is_global_zero:  # last: a refused config leaves the run's own
+        OmegaConf.save(OmegaConf.create(config), output_dir / "config.yaml")
     log.info(f"run folder {shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
     try:
-        with logging_redirect_tqdm():
-            trainer.fit(task, data, ckpt_path=checkpoint)
+        trainer.fit(task, data, ckpt_path=checkpoint)
         if trainer.global_step < length.total_steps:
-            raise ValueError(
+            raise Stopped(
                 f"stopped at step {trainer.global_step} of {length.total_steps}, saved: the same command with "
                 f"name={config['name']} and resume=auto continues"
             )
@@ -86,13 +126,46 @@ def pretrain(config: Config) -> dict[str, Any]:
     finally:
         if wandb.run is not None:
             wandb.finish()  # else the next job of a sweep would write into this one's run
-    save_encoder(task.network.encoder, output_dir / ENCODER, image_size=image_size)
+    encoder, weights = task.best.encoder, gather(task.best.encoder)
+    if trainer.is_global_zero:
+        save_encoder(encoder, output_dir / ENCODER, image_size=image_size, weights=weights)
     return _summarise(output_dir, trainer)
+
+
+@contextmanager
+def _explained(config: Config) -> Iterator[None]:
+    """Says in one line what the libraries below say in many, and what to do about it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        causes: list[BaseException] = [error]  # clearing up after one error, Lightning can meet the next
+        while causes[-1].__context__ is not None:
+            causes.append(causes[-1].__context__)
+        text = " ".join(map(str, causes))
+        if any(isinstance(cause, torch.OutOfMemoryError | MemoryError) for cause in causes) or NO_MEMORY in text:
+            for cause in causes:  # what the run held: its plan needs memory too
+                traceback.clear_frames(cause.__traceback__)
+            gc.collect()
+            raise ValueError(f"out of memory: {_advice(config)} (python -m simmim.plan says more)") from error
+        if any(words in text for words in LOST_CONTACT):
+            raise ValueError(
+                "another process of this run has ended, and its own lines say why: a run continues with resume=auto"
+            ) from error
+        raise
+
+
+def _advice(config: Config) -> str:
+    try:
+        return advice(config)
+    except ValueError as error:  # not every run can be planned
+        return str(error)
+    except (RuntimeError, MemoryError):
+        return "too little is left to plan what would fit"
 
 
 def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
     """The task, the data and the length of a run, all settings checked."""
-    check_numbers(config)
+    check_devices(config)
     torch.set_flush_denormal(True)  # the -100 of the shifted windows makes denormals, which a CPU is slow with
     lightning.seed_everything(config["seed"], verbose=False)
     data_config, image_size = config["data"], image_size_of(config)
@@ -103,13 +176,14 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
         sources,
         masking=masking,
         image_size=image_size,
-        num_batches=length.total_steps * config["trainer"]["accumulate_grad_batches"],
+        num_batches=length.total_steps * accumulation(config),
         on_gpu=on_gpu(config),
         seed=config["seed"],
-        **{key: data_config[key] for key in ("crop_scale", "crop_ratio", "batch_size", "num_workers")},
+        **{key: data_config[key] for key in ("crop_scale", "crop_ratio", "batch_size", "num_workers", "timeout")},
     )
     optimizer = dict(config["optimizer"])
     lr = optimizer.pop("base_lr") * length.images_per_step / 512
+    ema_decay = optimizer.pop("ema_decay")
     optimizer.pop("clip_grad_norm")  # the trainer's
     schedule = config["schedule"]
     warmup = schedule["warmup_steps"]
@@ -128,10 +202,11 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
         image_size=list(image_size),
         mean=_per_channel(data_config, "mean"),
         std=_per_channel(data_config, "std"),
+        ema_decay=ema_decay,
         seed=config["seed"],
     )
     task.network.encoder.check_image_size(*image_size)
-    task.network.encoder.activation_checkpointing = config["trainer"]["activation_checkpointing"]
+    task.network.encoder.checkpoint_activations(config["trainer"]["activation_checkpointing"])
     if config["trainer"]["compile"]:
         task.network.encoder.compile_blocks()
     if masking.patch_size % config["objective"]["target_downsampling"]:
@@ -143,51 +218,24 @@ def build(config: Config) -> tuple[Pretraining, MaskedImageData, Length]:
     return task, data, length
 
 
-def check_numbers(config: Config) -> None:
-    """Refuses numbers that are none, or out of range, before anything is built.
-
-    Raises:
-        ValueError: With the key and what it must be.
-    """
-    data, trainer, objective = config["data"], config["trainer"], config["objective"]
-    whole = {f"data.{key}": data[key] for key in ("channels", "batch_size")}
-    whole |= {f"objective.{key}": objective[key] for key in ("target_window", "target_downsampling")}
-    whole["trainer.accumulate_grad_batches"] = trainer["accumulate_grad_batches"]
-    whole["masking.patch_size"] = config["masking"]["patch_size"]
-    whole["model.patch_size"] = config["model"]["patch_size"]
-    whole["model.window_size"] = config["model"]["window_size"]
-    whole["checkpoint.every_n_steps"] = config["checkpoint"]["every_n_steps"]
-    whole |= {key: config[key] for key in ("log_every_n_steps", "pictures")}
-    if trainer["max_steps"] is not None:
-        whole["trainer.max_steps"] = trainer["max_steps"]
-    if config["checkpoint"]["keep"] is not None:
-        whole["checkpoint.keep"] = config["checkpoint"]["keep"]
-    for key, value in whole.items():
-        check_number(key, value, whole=True, positive=True)
-    check_number("seed", config["seed"], whole=True)
-    check_number("trainer.max_epochs", trainer["max_epochs"], positive=True)
-    check_number("masking.ratio", config["masking"]["ratio"], signed=True)  # `Masking` knows its range
-    check_number("model.drop_path", config["model"]["drop_path"])
-    check_number("data.max_bad_fraction", data["max_bad_fraction"])
-    for key in ("base_lr", "eps", "clip_grad_norm"):
-        check_number(f"optimizer.{key}", config["optimizer"][key], positive=True)
-    check_number("optimizer.weight_decay", config["optimizer"]["weight_decay"])
-    check_number("schedule.warmup_epochs", config["schedule"]["warmup_epochs"])
-
-
 def run_length(config: Config, images: int) -> Length:
-    """Counts a run over so many training images in optimizer steps.
-
-    Raises:
-        ValueError: If several devices are asked for.
-    """
+    """Counts a run over so many training images in optimizer steps."""
     trainer = config["trainer"]
-    if trainer["devices"] != 1:
-        raise ValueError(f"trainer.devices={trainer['devices']}: only one device is supported so far, give 1")
-    images_per_step = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
+    images_per_step = config["data"]["batch_size"] * accumulation(config) * world_size(config)
     steps_per_epoch = max(1, round(images / images_per_step))
     total_steps = trainer["max_steps"] or round(trainer["max_epochs"] * steps_per_epoch)
     return Length(images_per_step, steps_per_epoch, max(1, total_steps), trainer["max_epochs"])
+
+
+def create_strategy(config: Config) -> Any:
+    """Lightning's strategy that `trainer.strategy` means."""
+    settings = config["trainer"]
+    if settings["strategy"] == "single":
+        return "auto"
+    if settings["strategy"] == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True)  # else gradients would be held twice
+    bf16 = precision_of(config) == "bf16-mixed"
+    return ShardedStrategy(reshard_after_forward=settings["reshard_after_forward"], bf16=bf16)
 
 
 def create_trainer(config: Config, data: MaskedImageData, length: Length, *, resumed_step: int) -> Trainer:
@@ -197,10 +245,15 @@ def create_trainer(config: Config, data: MaskedImageData, length: Length, *, res
     where a run stands.
     """
     settings, output_dir = config["trainer"], Path(config["output_dir"])
-    accumulate = settings["accumulate_grad_batches"]
+    accumulate = accumulation(config)
+    # Slurm's own way of requeueing would save inside of a signal handler, where processes wait for one another.
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return Trainer(
         accelerator=settings["accelerator"],
-        devices=settings["devices"],
+        strategy=create_strategy(config),
+        devices=world_size(config) // settings.get("num_nodes", 1),
+        num_nodes=settings.get("num_nodes", 1),
+        use_distributed_sampler=False,  # ours knows the processes
         precision=precision_of(config),
         max_steps=length.total_steps,
         max_epochs=-1,
@@ -227,13 +280,16 @@ def create_trainer(config: Config, data: MaskedImageData, length: Length, *, res
                 fixed_batch(data.val_samples, config["pictures"]),
                 steps_per_epoch=length.steps_per_epoch,
             ),
+            ValidationOnResume(every_n_steps=length.steps_between_validations),
+            NonFiniteSteps(limit=settings["max_nonfinite_steps"]),
             Checkpoints(
                 output_dir,
                 every_n_steps=min(config["checkpoint"]["every_n_steps"], length.steps_per_epoch),
                 keep=config["checkpoint"]["keep"],
+                on_error=config["checkpoint"]["on_error"],
             ),
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[Checkpointing(), *slurm],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -245,13 +301,39 @@ def _loggers(config: Config, resumed_step: int) -> list[Logger]:
     output_dir = Path(config["output_dir"])
     loggers: list[Logger] = [MetricsFile(output_dir / "metrics.csv", until_step=resumed_step)]
     if config["logger"]["name"] == "wandb":
-        project, mode = config["logger"]["project"], config["logger"]["mode"]
+        mode = config["logger"]["mode"]
         if mode not in ("offline", "online"):
             raise ValueError(f"logger.mode={mode} is unknown: choose offline or online")
-        logger = WandbLogger(name=config["name"], project=project, save_dir=output_dir, offline=mode == "offline")
-        logger.log_hyperparams(config)
-        loggers.append(logger)
+        loggers.append(_wandb_logger(config, resumed_step))
     return loggers
+
+
+def _wandb_logger(config: Config, resumed_step: int) -> WandbLogger:
+    """A resumed run goes on in the run of Weights & Biases that it began, whose id the run folder keeps."""
+    output_dir, offline = Path(config["output_dir"]), config["logger"]["mode"] == "offline"
+    identity = output_dir / "wandb" / "id"
+    known = identity.read_text().strip() if resumed_step and identity.is_file() else None
+    logger = WandbLogger(
+        name=str(config["name"]),
+        project=config["logger"]["project"],
+        save_dir=output_dir,
+        offline=offline,
+        id=known,
+        settings=wandb.Settings(init_timeout=WANDB_PATIENCE),
+    )
+    try:
+        if not (offline or wandb.login(prompt=False, verify=False)):
+            raise wandb.Error("there is no API key: `wandb login` asks for it once")
+        logger.log_hyperparams(config)  # the first process begins the run
+    except wandb.Error as error:
+        raise ValueError(
+            f"logger.mode=online: Weights & Biases cannot be reached ({' '.join(str(error).split())}): give "
+            "logger.mode=offline, and upload later with `wandb sync`"
+        ) from error
+    if known is None and logger.version is not None:
+        with whole_file(identity) as temporary:
+            temporary.write_text(str(logger.version))
+    return logger
 
 
 def _per_channel(data: Config, key: str) -> list[float]:
@@ -261,8 +343,6 @@ def _per_channel(data: Config, key: str) -> list[float]:
         raise ValueError(
             f"data.{key}={values} has {len(values)} values for data.channels={channels}: give one, or one a channel"
         )
-    if key == "std" and min(values) <= 0:
-        raise ValueError(f"data.std={values} must be positive")
     return values * (channels // len(values))
 
 
@@ -294,7 +374,7 @@ def _summarise(output_dir: Path, trainer: Trainer) -> dict[str, Any]:
         "gets (1.00 has learnt nothing, lower is better)"
     )
     if (unreadable := output_dir / "bad_images.txt").exists():
-        log.info(f"unreadable {len(unreadable.read_text().splitlines())} images, replaced: {shown(unreadable)}")
+        log.info(f"unreadable {len(unreadable.read_bytes().splitlines())} images, replaced: {shown(unreadable)}")
     folder = shown(output_dir)
     if pictures := sorted((output_dir / "reconstructions").glob("*.png")):
         log.info(f"picture    {shown(pictures[-1])}")

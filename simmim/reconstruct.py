@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim.command import Config, check_number, command
+from simmim.checkpoint_files import load
+from simmim.command import Config, command
 from simmim.data.decoding import UnreadableImage, decode
 from simmim.data.folder import FolderSource
 from simmim.data.transforms import centre_transform
@@ -34,7 +35,6 @@ def reconstruct(config: Config) -> Path:
     Raises:
         ValueError: If the checkpoint has no prediction head, or no image can be read.
     """
-    check_number("count", config["count"], whole=True, positive=True)
     task = load_pretraining(Path(config["encoder"]))
     masking = masking_of(task, **config["masking"])
     names, images = load_images(Path(config["images"]), task, config["count"])
@@ -62,7 +62,10 @@ def load_pretraining(path: Path) -> Pretraining:
         )
     checkpoint = newest_checkpoint(path, key="encoder")
     read_encoder_weights(checkpoint)  # says in one line what is wrong with a file that is none of ours
-    return Pretraining.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+    state = load(checkpoint, keep="/state_dict/")
+    task = Pretraining(**state["hyper_parameters"])
+    task.load_state_dict(state["state_dict"], assign=True)
+    return task.eval()
 
 
 def masking_of(task: Pretraining, **changes: Any) -> Masking:
@@ -112,7 +115,7 @@ def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], T
 @torch.no_grad()
 def losses(task: Pretraining, images: Tensor, masks: Tensor) -> tuple[list[float], list[float]]:
     """The loss of each uint8 image (B, C, H, W), and that of the mean colour of its visible pixels."""
-    network, alone = task.network, [(task.normalize(i[None]), m[None]) for i, m in zip(images, masks, strict=True)]
+    network, alone = task.best, [(task.normalize(i[None]), m[None]) for i, m in zip(images, masks, strict=True)]
     return [float(network(*pair)) for pair in alone], [float(network.visible_mean_loss(*pair)) for pair in alone]
 
 

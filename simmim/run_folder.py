@@ -27,9 +27,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest step first."""
-    files = (path for path in (run / CHECKPOINTS).glob("step_*.ckpt") if path.is_file())
-    return sorted((path for path in files if path.stem.removeprefix("step_").isdigit()), key=step_of)
+    """The checkpoints of a run folder, files or folders of shards, oldest step first."""
+    found = (run / CHECKPOINTS).glob("step_*.ckpt")
+    return sorted((path for path in found if path.stem.removeprefix("step_").isdigit()), key=step_of)
+
+
+def partial_name(path: Path) -> str:
+    """Name of what is being written, until it is whole and gets the name of path."""
+    return f".{path.name}.partial"
 
 
 def shown(path: Path) -> Path:
@@ -45,17 +50,34 @@ def whole_file(path: Path) -> Iterator[Path]:
     Nobody ever sees half a file, also after a power cut: content and name are flushed to the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(partial_name(path))
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def append(path: Path, text: str) -> None:
+    """Adds text at a file's end, all of it or nothing.
+
+    Raises:
+        OSError: If there is no room.
+    """
+    with path.open("ab", buffering=0) as file:
+        end, data = file.tell(), text.encode("utf-8", "surrogateescape")
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -14,15 +14,17 @@ MODULES = {
     ".".join(("simmim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-COMMANDS = {"simmim.benchmark", "simmim.prepare", "simmim.pretrain", "simmim.reconstruct"}
+COMMANDS = {f"simmim.{name}" for name in ("benchmark", "consolidate", "plan", "prepare", "pretrain", "reconstruct")}
 LEVELS = [
     {"simmim.seeding", "simmim.masking", "simmim.run_folder", "simmim.targets"},
+    {"simmim.checkpoint_files"},
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},
     {"simmim.tasks"},
-    {"simmim.measuring"},
+    {"simmim.measuring", "simmim.settings"},
     {"simmim.command"},
-    COMMANDS,
+    {"simmim.plan"},  # a command, which another one may ask for advice
+    COMMANDS - {"simmim.plan"},
 ]
 HYDRA = {"hydra", "omegaconf"}
 
@@ -71,6 +73,8 @@ def test_importing_has_no_effect(tmp_path):
     """Nothing printed, written, seeded, or read from the environment by our modules."""
     code = f"""
 import os, torch
+import torch.distributed.fsdp, torch.distributed.checkpoint.state_dict_saver
+import lightning.pytorch.strategies
 import hydra, lightning, matplotlib.figure, torchvision, wandb, tqdm.contrib.logging, lightning.pytorch.loggers
 from safetensors.torch import save_file
 torch.manual_seed(7)

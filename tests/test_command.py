@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.command import compose_config, explain
+from simmim.command import EXIT_STOPPED, compose_config, explain
+from simmim.data.folder import FolderSource
 from simmim.pretrain import pretrain
 
 
@@ -47,9 +49,10 @@ def error_of(*overrides, folder):
         ("model.window_size=3", ["image size 32x32 px does not fit", "model.window_size=3"]),
         ("data.batch_size=many", ["data.batch_size=many must be a whole number"]),
         ("data.crop_scale=[0.5,2]", ["data.crop_scale=[0.5, 2]", "at most 1"]),
-        ("data.std=[0]", ["data.std=[0] must be positive"]),
-        ("optimizer.clip_grad_norm=null", ["optimizer.clip_grad_norm=None must be a number"]),
+        ("data.std=[0]", ["data.std=[0] must be a number, positive"]),
+        ("optimizer.clip_grad_norm=null", ["optimizer.clip_grad_norm=null must be a number"]),
         ("optimizer.base_lr=0", ["optimizer.base_lr=0 must be a number, positive"]),
+        ("data.timeout=0", ["data.timeout=0 must be a number, positive"]),
         ("pictures=0", ["pictures=0 must be a whole number, positive"]),
         ("objective.target_downsampling=32", ["objective.target_downsampling=32"]),
         ("masking.patch_size=4 objective.target_downsampling=8", ["target_downsampling=8 must divide masking.patch"]),
@@ -69,6 +72,20 @@ def error_of(*overrides, folder):
         ("seed", ["seed: this is no key=value"]),
         ("data.root=~/photos", ["data.root=~/photos: this is no key=value", "$HOME"]),
         ("data.rot=photos", ["did you mean data.root?"]),
+        ("+data.rooot=photos", ["data.rooot is not a key", "did you mean data.root?"]),
+        ("+data.root=photos", ["data.root belongs to data=folder"]),
+        ("data=folder data.root=photos data.train_images=9", ["data.train_images belongs to data=synthetic"]),
+        ("data.source=folder", ["data.root is missing", "data=folder"]),
+        ("optimizer=3", ["optimizer=3: optimizer is a section"]),
+        ("checkpoint=[1]", ["checkpoint=[1]: this key holds something else"]),
+        ("model=null", ["model=null is unknown: choose one of", "swinv2_t"]),
+        ("trainer.max_epochs=inf", ["trainer.max_epochs=inf must be a number"]),
+        ("optimizer.betas=[0.9,1]", ["optimizer.betas=[0.9, 1] must be a list of 2", "below 1"]),
+        ("seed=99999999999", ["seed=99999999999 must be a whole number", "at most 4,294,967,295"]),
+        ("logger.name=tensorboard", ["logger.name=tensorboard is unknown: choose one of csv, wandb"]),
+        ("name=../mine", ["name=../mine must be a name"]),
+        ("data.channels=true", ["data.channels=true must be a whole number"]),
+        ("trainer=ddp trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, override, words):
@@ -111,10 +128,58 @@ def test_the_process_prints_one_line_and_exits_with_1(tmp_path):
     lines = (done.stdout + done.stderr).splitlines()
     assert lines == ["masking.ratio=2 must lie between 0 and 1, both excluded: the paper uses 0.6"]
     assert lines[0] in (tmp_path / "outputs/pretrain/wrong/run.log").read_text()
-    typo = type_in(tmp_path, "modell=swinv2_t")
-    assert typo.returncode == 1
-    assert len((typo.stdout + typo.stderr).splitlines()) == 1
-    assert "did you mean model?" in typo.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("modell=swinv2_t", "did you mean model?"),
+        ("+optimizer.base_lrr=1", "did you mean optimizer.base_lr?"),
+        ("~optimizer.eps", "optimizer.eps is missing"),
+        ("logger=[1,2]", "choose one of csv, wandb"),
+    ],
+)
+def test_a_key_that_nobody_reads_or_misses_is_one_line(tmp_path, override, words):
+    done = type_in(tmp_path, "experiment=debug", override)
+    assert done.returncode == 1
+    assert len((done.stdout + done.stderr).splitlines()) == 1
+    assert words in done.stdout + done.stderr
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "outputs").write_text("a file")
+    done = type_in(tmp_path, "experiment=debug", "name=mine")
+    assert done.returncode == 1
+    [line] = (done.stdout + done.stderr).splitlines()
+    assert re.match(
+        r"the run folder outputs/pretrain/mine cannot be written \(Not a directory\): .*hydra\.run\.dir=", line
+    )
+
+
+def test_a_disk_that_fills_up_costs_the_log_and_not_the_run(tmp_path):
+    """Nothing but the few bytes of the tables, and no traceback for each line that run.log lacks."""
+    code = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import simmim.pretrain
+fit = simmim.pretrain.Trainer.fit
+def full(*args, **options):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (90, -1))  # bytes a file
+    try:
+        fit(*args, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+simmim.pretrain.Trainer.fit = full
+simmim.pretrain.command(simmim.pretrain.pretrain)()
+"""
+    overrides = ["experiment=debug", "name=full", "checkpoint.on_error=continue"]
+    done = subprocess.run([sys.executable, "-c", code, *overrides], cwd=tmp_path, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "Traceback" not in output and "Logging error" not in output
+    for name in ("metrics.csv", "epoch_0001.png", "epoch_0002.png"):
+        assert len(re.findall(rf"{name} cannot be written \(File too large\)", output)) == 1
+    assert (tmp_path / "outputs/pretrain/full/encoder.safetensors").is_file()
 
 
 def test_the_full_error_is_there_for_those_who_ask(tmp_path):
@@ -157,12 +222,36 @@ def test_ctrl_c_saves_and_the_run_continues(tmp_path):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == EXIT_STOPPED
     last = output.splitlines()[-1]
     step = int(re.match(r"stopped at step (\d+) of 100000, saved: .*name=mine and resume=auto continues", last)[1])
     done = type_in(tmp_path, *arguments[:2], f"trainer.max_steps={step + 2}", *arguments[3:], "resume=auto")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"continued from step_{step:07d}.ckpt" in done.stdout
+
+
+def test_a_disk_that_hangs_ends_the_process_with_one_line(tmp_path):
+    for name in ("disk", "photos", "good"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "good" / "a.png")
+    for index in range(4):
+        Image.new("RGB", (40, 40)).save(tmp_path / "disk" / f"{index}.png")
+        (tmp_path / "photos" / f"{index}.png").symlink_to(tmp_path / "disk" / f"{index}.png")
+    os.utime(tmp_path / "photos", (0, 0))
+    FolderSource(tmp_path / "photos")  # keeps the listing, so that the run does not touch the disk
+    for path in (tmp_path / "disk").iterdir():
+        path.unlink()
+        os.mkfifo(path)  # whoever opens it waits for ever
+    settings = ["data=folder", "data.root=photos", "data.val_root=good", "data.num_workers=2", "data.timeout=2"]
+    started = time.monotonic()
+    done = type_in(tmp_path, "experiment=debug", *settings, "name=hung")
+    assert time.monotonic() - started < 60
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"no batch came for data\.timeout=2 s: photos/\d\.png was being read for \d s: see that .*",
+        (done.stdout + done.stderr).splitlines()[-1],
+    )
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_sweep_has_a_folder_a_job_and_reports_the_one_that_failed(tmp_path):
@@ -175,3 +264,23 @@ def test_a_sweep_has_a_folder_a_job_and_reports_the_one_that_failed(tmp_path):
     assert last.startswith("job 1 (")
     assert "masking.ratio=1.5" in last
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_run_out_of_memory_ends_with_what_would_fit(tmp_path):
+    """4.6 GB of parameters where 3 GB may be taken."""
+    arguments = ["experiment=debug", "model.embed_dim=2048", "model.num_heads=[16,32,64]", "data.batch_size=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "simmim.pretrain", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a thread that finds no room for itself fails in other words
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (3 * 10**9, 3 * 10**9)),
+    )
+    last = (done.stdout + done.stderr).splitlines()[-1]
+    assert done.returncode == 1
+    assert re.match(
+        r"out of memory: a step takes about [\d.]+ of [\d.]+ GB.*\(python -m simmim\.plan says more\)", last
+    )
+    assert "Traceback" not in done.stdout + done.stderr

@@ -134,7 +134,7 @@ def test_a_run_trains_from_the_copy_as_from_the_folder(whole, tmp_path, cache):
     [
         ("short_side=128", r"^out=.* was prepared with short_side=256, now 128: give another out"),
         ("quality=80", r"^out=.* was prepared with quality=90, now 80"),
-        ("quality=101", r"^quality=101 must be at most 100"),
+        ("quality=101", r"^quality=101 must be a whole number, positive, at most 100"),
         ("shard_mb=0", r"^shard_mb=0 must be a whole number, positive"),
         ("workers=-1", r"^workers=-1 must be a whole number, at least 0"),
         ("data.root=nowhere", r"^data\.root=nowhere does not exist"),

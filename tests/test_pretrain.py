@@ -1,13 +1,18 @@
 """The command as its users run it, at the size of the debug experiment."""
 
 import csv
+import itertools
 import json
 import math
+import os
+import pty
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import wandb
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -165,15 +170,17 @@ def test_a_run_with_checkpoints_is_never_overwritten(finished):
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path):
-    run(tmp_path / "large", "data.batch_size=8", "optimizer.eps=1e-6")
-    run(tmp_path / "small", "data.batch_size=2", "trainer.accumulate_grad_batches=4", "optimizer.eps=1e-6")
+    exact = ("optimizer.eps=1e-6", "objective.loss=l2")  # the gradient of L1 jumps where prediction and pixel meet
+    run(tmp_path / "large", "data.batch_size=8", *exact)
+    run(tmp_path / "small", "data.batch_size=2", "data.global_batch_size=8", *exact)
     for row, other in zip(metrics(tmp_path / "large"), metrics(tmp_path / "small"), strict=True):
         assert row["step"] == other["step"]
         for key in ("train_loss", "grad_norm", "lr", "val_loss"):
             if row[key]:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=2e-5), key
     large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
-    assert all(torch.allclose(large[name], small[name], atol=1e-6) for name in large)
+    # Where gradients are as small as eps, AdamW makes their rounding errors (1e-9) a thousandth of a step of 1.5e-3.
+    assert all(torch.allclose(large[name], small[name], atol=1e-5) for name in large)
 
 
 def test_validation_does_not_depend_on_the_batch_size(finished, tmp_path):
@@ -191,6 +198,14 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     summary = run(tmp_path / "longer", f"resume={folder}", "trainer.max_epochs=4", "checkpoint.every_n_steps=100")
     assert summary["step"] == 16
     assert sorted(losses(tmp_path / "longer")) == list(range(9, 17))
+
+
+@pytest.mark.parametrize(
+    "overrides", [("data.global_batch_size=12",), ("data.global_batch_size=32", "trainer.accumulate_grad_batches=2")]
+)
+def test_a_global_batch_is_made_of_whole_batches(tmp_path, overrides):
+    with pytest.raises(ValueError, match=r"data\.global_batch_size=.* is not data\.batch_size=8 x 1 devices"):
+        run(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -313,3 +328,76 @@ pretrain(compose_config("pretrain", ["experiment=debug", "logger=wandb"], output
     (offline,) = (tmp_path / "wandb").glob("offline-run-*")
     assert len(list(offline.glob("files/media/images/reconstructions_*.png"))) == 2
     assert losses(tmp_path)
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_does_not(tmp_path):
+    def again(steps, *overrides):
+        run(tmp_path, "logger=wandb", f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", *overrides)
+        return (tmp_path / "wandb" / "id").read_text()
+
+    first = again(1)
+    assert again(2, "resume=auto") == first
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) == 2
+    for checkpoint in list_checkpoints(tmp_path):
+        checkpoint.unlink()
+    assert again(1) != first  # begun anew
+
+
+def test_wandb_out_of_reach_is_one_line(tmp_path, monkeypatch):
+    wandb.teardown()  # of other tests: it keeps the environment that it found
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("simmim.pretrain.WANDB_PATIENCE", 1)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.raises(ValueError, match=r"(?s)^logger\.mode=online: [^\n]*refused[^\n]*: give logger\.mode=offline"):
+        run(tmp_path, "logger=wandb", "logger.mode=online")
+
+
+def test_wandb_without_a_key_never_asks(tmp_path):
+    """Even at a terminal, where it would."""
+    parent, child = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-m", "simmim.pretrain", "experiment=debug", "logger=wandb", "logger.mode=online"],
+        cwd=tmp_path, env={**environment, "HOME": str(tmp_path)},
+        stdin=child, stderr=child, stdout=subprocess.PIPE, text=True, timeout=100,
+    )  # fmt: skip
+    os.close(child)
+    os.close(parent)
+    assert done.returncode == 1
+    assert re.match(r"logger\.mode=online: .*no API key.*give logger\.mode=offline", done.stdout.splitlines()[-1])
+
+
+def poison(monkeypatch, *calls):
+    """Makes the loss of these training batches, counted from 0, infinite."""
+    forward, seen = MaskedImageModel.forward, []
+
+    def poisoned(network, *inputs):
+        loss = forward(network, *inputs)
+        if network.training:
+            seen.append(None)
+            loss = loss * math.inf if len(seen) - 1 in calls else loss
+        return loss
+
+    monkeypatch.setattr(MaskedImageModel, "forward", poisoned)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, caplog):
+    settings = ("checkpoint.every_n_steps=1", "checkpoint.keep=null", "optimizer.ema_decay=0.9")
+    poison(monkeypatch, 2, 3, 5)
+    run(tmp_path, *settings, "trainer.max_nonfinite_steps=2")
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in list_checkpoints(tmp_path)]
+    unchanged = [
+        all(torch.equal(before[key], after[key]) for key in before) for before, after in itertools.pairwise(states)
+    ]
+    assert unchanged == [False, True, True, False, True, False, False]
+    assert caplog.text.count("the step is left out") == 3
+    assert all(value.isfinite().all() for value in states[-1].values())
+
+
+def test_too_many_of_them_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, 1, 3, 4, 5)
+    with pytest.raises(ValueError, match=r"not finite for 3 steps in a row.*trainer\.max_nonfinite_steps.*base_lr"):
+        run(tmp_path, "trainer.max_nonfinite_steps=2", "checkpoint.every_n_steps=1")
+    last = torch.load(list_checkpoints(tmp_path)[-1], weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in last.values())

@@ -31,6 +31,7 @@ class FileSource(ABC):
         classes: Class names; empty for unlabelled images.
         labels: For each name an index into `classes`, or -1 without classes.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        key: What the folder is called in messages.
 
     Attributes:
         classes: See above. A subset keeps all of them.
@@ -40,13 +41,21 @@ class FileSource(ABC):
     """
 
     def __init__(
-        self, root: Path, names: "PackedStrings", classes: list[str], labels: NDArray[np.int32], *, channels: int
+        self,
+        root: Path,
+        names: "PackedStrings",
+        classes: list[str],
+        labels: NDArray[np.int32],
+        *,
+        channels: int,
+        key: str,
     ) -> None:
         if channels not in (1, 3, 4):
             raise ValueError(
                 f"data.channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
             )
         self.root = root
+        self.key = key
         self.channels = channels
         self.classes = classes
         self._names = names
@@ -77,8 +86,20 @@ class FileSource(ABC):
 
         Raises:
             UnreadableImage: If the file cannot be opened or decoded; the message does not name the file.
+            ValueError: If the whole folder has gone.
         """
-        return decode(self.read(index), self.channels), self.label(index)
+        try:
+            return decode(self.read(index), self.channels), self.label(index)
+        except UnreadableImage:
+            self.refuse_gone()
+            raise
+
+    def refuse_gone(self) -> None:
+        """Raises a ValueError if the whole folder has gone, as an unmounted disk."""
+        if not self.root.is_dir() or next(self.root.iterdir(), None) is None:
+            raise ValueError(
+                f"{self.key}={self.root} is no longer there: mount or restore it; a run continues with resume=auto"
+            )
 
     def label(self, index: int) -> int:
         """Index into `classes`, or -1 without classes."""

@@ -45,7 +45,7 @@ class FolderSource(FileSource):
         names = PackedStrings.pack(list_images(folder))
         if not len(names):
             raise ValueError(f"{key}={folder} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
-        super().__init__(folder, names, *_classes(names), channels=channels)
+        super().__init__(folder, names, *_classes(names), channels=channels, key=key)
 
     def read(self, index: int) -> bytes:
         """The content of an image's file.

@@ -1,19 +1,21 @@
 """From an image source to batches: which images, in which order, what happens to them, what is hidden."""
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import FileSource, InMemory
 from simmim.data.folder import FolderSource, split_by_hash
+from simmim.data.loader import Notes, WatchedLoader
 from simmim.data.sampler import SampleKey, SampleStream
 from simmim.data.shards import ShardSource
 from simmim.data.synthetic import SyntheticSource
@@ -23,6 +25,9 @@ from simmim.seeding import generator_from, torch_random_from
 
 MAX_REPLACEMENTS = 100
 """So many unreadable images in a row are no accident of a large collection any more."""
+
+FILLER = -1
+"""The epoch of a validation sample that does not count."""
 
 log = logging.getLogger(__name__)
 
@@ -98,24 +103,31 @@ class MaskedSamples(Dataset[dict[str, Any]]):
     transform: Transform
     masking: Masking
     seed: int
+    notes: Notes | None = None
+    """Where a loader process says which image it reads."""
 
     def __len__(self) -> int:
         """Number of images in the source."""
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Image uint8 (C, H, W), mask bool (h, w), label, and [(name, reason), ...] of unreadable images."""
+        """Image uint8 (C, H, W), mask bool (h, w), label, and [(name, reason), ...] of unreadable images.
+
+        `counts` is false for a sample that only fills a batch up.
+        """
         epoch, index = key
         image, label, unreadable = self._load(index)
         with torch_random_from(self.seed, "transform", epoch, index):
             image = self.transform(image)
         mask = self.masking(generator_from(self.seed, "mask", epoch, index))
-        return {"image": image, "mask": mask, "label": label, "unreadable": unreadable}
+        return {"image": image, "mask": mask, "label": label, "counts": epoch != FILLER, "unreadable": unreadable}
 
     def _load(self, index: int) -> tuple[Tensor, int, list[tuple[str, str]]]:
         unreadable: list[tuple[str, str]] = []
         for attempt in range(min(MAX_REPLACEMENTS, len(self.source))):
             candidate = (index + attempt) % len(self.source)
+            if self.notes is not None:
+                self.notes.write(candidate)
             try:
                 return (*self.source.load(candidate), unreadable)
             except UnreadableImage as error:
@@ -127,7 +139,7 @@ class MaskedSamples(Dataset[dict[str, Any]]):
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stacks samples to a batch; the lists of unreadable images become one."""
     unreadable = [entry for sample in samples for entry in sample["unreadable"]]
-    others = [{key: sample[key] for key in ("mask", "label")} for sample in samples]
+    others = [{key: sample[key] for key in ("mask", "label", "counts")} for sample in samples]
     image = _stack([sample["image"] for sample in samples])
     return {"image": image, **default_collate(others), "unreadable": unreadable}
 
@@ -154,6 +166,7 @@ class MaskedImageData(LightningDataModule):
         batch_size: Images a device.
         num_workers: Loader processes a device; None takes the machine's cores, at most 8, beside a GPU, and one
             where the training itself needs the cores.
+        timeout: Seconds that a batch of theirs may take.
         on_gpu: Whether a GPU trains.
         num_batches: Training batches of the whole run.
         seed: Seed of order, transforms and masks.
@@ -169,6 +182,7 @@ class MaskedImageData(LightningDataModule):
         crop_ratio: Sequence[float],
         batch_size: int,
         num_workers: int | None,
+        timeout: float,
         on_gpu: bool,
         num_batches: int,
         seed: int,
@@ -181,11 +195,12 @@ class MaskedImageData(LightningDataModule):
         self.batch_size = batch_size
         workers = min(8, os.cpu_count() or 1) if on_gpu else 1
         self.num_workers = workers if num_workers is None else num_workers
+        self.timeout = timeout
         self.on_gpu = on_gpu
         self.num_batches = num_batches
         self.seed = seed
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> WatchedLoader:
         """Batches from where the run stands: its step is all the state that the data need."""
         assert self.trainer is not None
         return self.loader_from(
@@ -194,7 +209,7 @@ class MaskedImageData(LightningDataModule):
             world_size=self.trainer.world_size,
         )
 
-    def loader_from(self, start: int, *, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
+    def loader_from(self, start: int, *, rank: int = 0, world_size: int = 1) -> WatchedLoader:
         """Training batches of one process from a position on. See `SampleStream`."""
         stream = SampleStream(
             len(self.train_samples),
@@ -207,17 +222,25 @@ class MaskedImageData(LightningDataModule):
         )
         return self._loader(self.train_samples, stream)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The same images with the same masks every time."""
-        size = len(self.val_samples)
-        batches = [
-            [(0, i) for i in range(at, min(at + self.batch_size, size))] for at in range(0, size, self.batch_size)
-        ]
-        return self._loader(self.val_samples, batches)
+    def val_dataloader(self) -> WatchedLoader:
+        """The same images with the same masks every time, dealt to the processes.
 
-    def _loader(self, samples: MaskedSamples, batches: Any) -> DataLoader[Any]:
-        return DataLoader(
-            samples,
+        All processes get as many batches, since they compute together: one that has none left gets a filler.
+        """
+        assert self.trainer is not None
+        size, rank, world_size = len(self.val_samples), self.trainer.global_rank, self.trainer.world_size
+        own = [(0, index) for index in range(rank, size, world_size)]
+        batches = [own[at : at + self.batch_size] for at in range(0, len(own), self.batch_size)]
+        longest = math.ceil(math.ceil(size / world_size) / self.batch_size)
+        return self._loader(self.val_samples, batches + [[(FILLER, 0)]] * (longest - len(batches)))
+
+    def _loader(self, samples: MaskedSamples, batches: Any) -> WatchedLoader:
+        notes = Notes(self.num_workers)
+        return WatchedLoader(
+            replace(samples, notes=notes),
+            notes=notes,
+            name=samples.source.name,
+            timeout=self.timeout,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=collate,

@@ -12,6 +12,7 @@ its last whole shard and ends up the same to the last byte.
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from simmim.run_folder import whole_file
 
 SETTINGS, INDEX, UNREADABLE = "images.json", "index.json", "unreadable.txt"
 
+_SHARD_NAME = r"shard-\d{5,}\.tar"  # and no path, which would lead elsewhere
 _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)  # of an archive
 
@@ -61,7 +63,7 @@ class ShardSource(FileSource):
         self._lengths = np.concatenate([np.array(record["lengths"], dtype=np.int64) for record in records])
         labels = np.concatenate([np.array(record["labels"], dtype=np.int32) for record in records])
         names = PackedStrings.pack([name for record in records for name in record["names"]])
-        super().__init__(folder, names, index["classes"], labels, channels=channels)
+        super().__init__(folder, names, index["classes"], labels, channels=channels, key=key)
 
     def read(self, index: int) -> bytes:
         """The content of an image's file.
@@ -227,6 +229,10 @@ def _read_index(folder: Path, key: str) -> dict[str, Any]:
     require_folder(folder, key)
     if (folder / INDEX).is_file():
         index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        if planted := [name for name in index["shards"] if not re.fullmatch(_SHARD_NAME, str(name))]:
+            raise ValueError(
+                f"{key}={folder}: {INDEX} names {planted[0]!r}, which is no shard of a copy: prepare it anew"
+            )
         return index
     if (folder / SETTINGS).is_file():
         raise ValueError(f"{key}={folder} is an unfinished copy: give the command that began it again")

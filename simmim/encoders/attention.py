@@ -95,14 +95,14 @@ def flex_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, re
     """
     query, key, value = qkv.permute(0, 3, 1, 4, 2)
     height, width = window
-    penalties = _penalties(table.device)
+    costs = penalties(table.device)
 
     def biased(logit: Tensor, at: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         logit = logit + table[head, q // width - k // width + height - 1, q % width - k % width + width - 1]
         if regions is None:
             return logit
         at = at % regions.shape[0]
-        return logit + penalties[regions[at, q] - PADDING, regions[at, k] - PADDING]
+        return logit + costs[regions[at, q] - PADDING, regions[at, k] - PADDING]
 
     if not qkv.is_cuda and qkv.requires_grad:
         raise ValueError("model.attention=flex trains on a GPU only: give model.attention=auto")
@@ -164,16 +164,16 @@ def _bias(table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
     if regions is None:
         return bias
     kind = regions - PADDING
-    return bias + _penalties(table.device)[kind[:, :, None], kind[:, None, :]][:, None]
+    return bias + penalties(table.device)[kind[:, :, None], kind[:, None, :]][:, None]
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a cached inference tensor could not serve training later
-def _penalties(device: torch.device) -> Tensor:
+def penalties(device: torch.device) -> Tensor:
     """What is added to the logit of a query and a key, by the regions of both (padding first): (5, 5)."""
-    penalties = CROSS_REGION * (1 - torch.eye(5))
-    penalties[0, 1:] = penalties[1:, 0] = UNREACHABLE
-    return penalties.to(device)
+    costs = CROSS_REGION * (1 - torch.eye(5))
+    costs[0, 1:] = costs[1:, 0] = UNREACHABLE
+    return costs.to(device)
 
 
 @lru_cache(maxsize=1)
@@ -181,8 +181,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex, dynamic=False)
 
 
-@torch.library.custom_op("simmim::sequential_attention", mutates_args=())
-def _sequential(
+def _forward_in_turns(
     qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Returns the attention's output and by how much queries and keys were stretched, (2, n, W, T)."""
@@ -205,8 +204,7 @@ def _sequential(
     return out, stretch
 
 
-@torch.library.custom_op("simmim::sequential_attention_backward", mutates_args=())
-def _sequential_backward(
+def _backward_in_turns(
     grad_out: Tensor,
     qkv: Tensor,
     scale: Tensor,
@@ -245,6 +243,18 @@ def _sequential_backward(
                 _part(grad_qkv[2], heads, windows).copy_(_by_head(_total(grad_values), bias))
             grad_table[heads] = table_of_pairs(grad_bias, size)
     return grad_qkv, grad_scale / scale, grad_table
+
+
+_sequential = torch.library.custom_op("simmim::sequential_attention", _forward_in_turns, mutates_args=())
+_sequential_backward = torch.library.custom_op(
+    "simmim::sequential_attention_backward", _backward_in_turns, mutates_args=()
+)
+
+IN_TURNS: dict[Any, Callable[..., tuple[Tensor, ...]]] = {
+    torch.ops.simmim.sequential_attention.default: _forward_in_turns,
+    torch.ops.simmim.sequential_attention_backward.default: _backward_in_turns,
+}
+"""What each operation of sequential attention does, for those who count what is within."""
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -351,7 +361,7 @@ def _region_vectors(qkv: Tensor, regions: Tensor | None) -> tuple[Tensor | None,
     """
     if regions is None:
         return None, None
-    costs = _penalties(qkv.device)
+    costs = penalties(qkv.device)
     kind = (regions - PADDING).repeat(qkv.shape[3] // len(regions), 1)
     return torch.eye(len(costs), device=qkv.device)[kind].transpose(1, 2), costs[kind].transpose(1, 2)
 

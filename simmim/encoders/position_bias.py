@@ -5,18 +5,19 @@ window size without a table to resize. Shape letters: h, w window in tokens; T =
 """
 
 import math
-from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simmim.encoders.windows import kept
+
 HIDDEN_WIDTH = 512
 """Width of the hidden layer of the bias network, in all released models."""
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # a cached inference tensor could not serve training later
+@kept(maxsize=32)
 def log_spaced_offsets(window: tuple[int, int], trained_window: tuple[int, int], device: torch.device) -> Tensor:
     """All offsets between two tokens of a window, in log space (equation 5).
 
@@ -72,7 +73,10 @@ class LogSpacedPositionBias(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2, HIDDEN_WIDTH), nn.ReLU(), nn.Linear(HIDDEN_WIDTH, num_heads, bias=False))
 
     def forward(self, offsets: Tensor) -> Tensor:
-        """Offsets of `log_spaced_offsets` (2h - 1, 2w - 1, 2) -> (n, 2h - 1, 2w - 1), in the weights' precision."""
-        with torch.autocast(offsets.device.type, enabled=False):  # a bias of up to 16 needs more than 8 bits
-            table: Tensor = 16 * torch.sigmoid(self.mlp(offsets.to(next(self.mlp.parameters()).dtype)))
+        """Offsets of `log_spaced_offsets` (2h - 1, 2w - 1, 2) -> (n, 2h - 1, 2w - 1), in fp32 or float64."""
+        first, last = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+        precision = torch.promote_types(first.weight.dtype, torch.float32)  # a bias of up to 16 needs more than 8 bits
+        with torch.autocast(offsets.device.type, enabled=False):
+            hidden = F.linear(offsets.to(precision), first.weight.to(precision), first.bias.to(precision)).relu()
+            table = 16 * torch.sigmoid(F.linear(hidden, last.weight.to(precision)))
         return table.permute(2, 0, 1).contiguous()

@@ -71,6 +71,15 @@ class WindowAttention(nn.Module):
         return self.proj(out).view(x.shape)  # type: ignore[no-any-return]
 
 
+class PostNorm(nn.LayerNorm):
+    """The norm at the end of a residual branch; it begins at zero, and with it the branch."""
+
+    def reset_parameters(self) -> None:
+        """Zeros."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class Block(nn.Module):
     """Window attention and MLP, each with its norm at the end of the residual branch (section 3.2).
 
@@ -96,9 +105,9 @@ class Block(nn.Module):
         super().__init__()
         self.shifted = shifted
         self.attention = WindowAttention(dim, num_heads, implementation=implementation)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = PostNorm(dim)
         self.mlp = MLP(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = PostNorm(dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.extra_norm = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
@@ -169,8 +178,8 @@ class SwinTransformerV2(nn.Module):
         attention: Implementation of the attention, see `simmim.encoders.attention`.
 
     Attributes:
-        activation_checkpointing: Whether the backward pass computes each block again instead of keeping what is in
-            it; may be set at any time.
+        checkpointed_stages: Stages, counted from 0, whose blocks the backward pass computes again instead of keeping
+            what is in them. See `checkpoint_activations`.
 
     Raises:
         ValueError: If the numbers contradict each other.
@@ -209,7 +218,7 @@ class SwinTransformerV2(nn.Module):
         self.patch_size = patch_size
         self.window_size = window_size
         self.trained_windows = trained_windows
-        self.activation_checkpointing = False
+        self.checkpointed_stages: list[int] = []
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.channels = [embed_dim * 2**stage for stage in range(len(depths))]
         blocks = sum(depths)
@@ -240,6 +249,36 @@ class SwinTransformerV2(nn.Module):
         """The blocks of each stage."""
         return [[cast(Block, block) for block in stage.children()] for stage in self.stages]
 
+    def layer_of(self, name: str) -> int:
+        """How high above the images a parameter stands, for learning rates by layer.
+
+        Patches and mask token are layer 0, block i is i + 1, a merging belongs to the block below, the rest is on top.
+        """
+        depths: list[int] = self.config["depths"]
+        kind, *place = name.split(".")
+        if kind == "stages":
+            return 1 + sum(depths[: int(place[0])]) + int(place[1])
+        if kind == "merges":
+            return sum(depths[: int(place[0]) + 1])
+        return 0 if kind in ("embed", "mask_token") else sum(depths) + 1
+
+    def checkpoint_activations(self, stages: str | Sequence[int]) -> None:
+        """Chooses the stages whose blocks are computed again in the backward pass, instead of being kept in memory.
+
+        Args:
+            stages: "none", "all", or some, counted from 1 as in the paper.
+
+        Raises:
+            ValueError: If a stage does not exist.
+        """
+        every = list(range(1, len(self.stages) + 1))
+        chosen = {"none": [], "all": every}.get(stages) if isinstance(stages, str) else list(stages)
+        if chosen is None or not set(chosen) <= set(every):
+            raise ValueError(
+                f"trainer.activation_checkpointing={stages} must be none, all, or a list of stages, 1 to {every[-1]}"
+            )
+        self.checkpointed_stages = [stage - 1 for stage in chosen]
+
     def compile_blocks(self) -> None:
         """Compiles each block in place: blocks of one geometry share their code, parameters keep their names."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one a geometry
@@ -250,21 +289,23 @@ class SwinTransformerV2(nn.Module):
     def init_weights(self) -> None:
         """Linear weights from a truncated normal, biases zero, post-norms zero: each block starts as identity."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
-                module.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, Block):
-                for norm in (module.norm1, module.norm2):
-                    nn.init.zeros_(norm.weight)
-                    nn.init.zeros_(norm.bias)
-                nn.init.zeros_(module.attention.q_bias)
-                nn.init.zeros_(module.attention.v_bias)
-                nn.init.constant_(module.attention.logit_scale, math.log(10))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+            self.init_module(module)
+
+    @torch.no_grad()
+    def init_module(self, module: nn.Module) -> None:
+        """Gives initial values to the parameters that one module of the encoder itself holds."""
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, WindowAttention):
+            nn.init.zeros_(module.q_bias)
+            nn.init.zeros_(module.v_bias)
+            nn.init.constant_(module.logit_scale, math.log(10))
+        elif isinstance(module, SwinTransformerV2):
+            nn.init.trunc_normal_(module.mask_token, std=0.02)
+        elif isinstance(module, nn.LayerNorm | nn.Conv2d):
+            module.reset_parameters()
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features of images, some of whose cells may be hidden.
@@ -358,14 +399,13 @@ class SwinTransformerV2(nn.Module):
             for block in stage:
                 source, windows = windows, Windows.fit(size, self.window_size, shifted=block.shifted)
                 rows = _rows(at, windows) if at is not None and block is self.blocks[-1][-1] else None
-                x = self._run(block, reorder(x, source, windows), self._geometry(windows, number, x.device), rows)
+                inputs = (reorder(x, source, windows), self._geometry(windows, number, x.device), rows)
+                if number in self.checkpointed_stages and torch.is_grad_enabled():
+                    x = checkpoint(block, *inputs, use_reentrant=False)
+                else:
+                    x = block(*inputs)
             outputs.append((x, windows))
         return outputs
-
-    def _run(self, block: Block, x: Tensor, geometry: Geometry, rows: Tensor | None) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, geometry, rows, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x, geometry, rows)  # type: ignore[no-any-return]
 
     def _geometry(self, windows: Windows, stage: int, device: torch.device) -> Geometry:
         trained = self.trained_windows[stage]

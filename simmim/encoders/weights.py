@@ -5,7 +5,6 @@ functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike.
 """
 
 import json
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -17,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from simmim.checkpoint_files import load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
-CHECKPOINT_PREFIX = "network.encoder."
-"""Where a training checkpoint's state dict keeps the encoder."""
+CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
+"""Where a training checkpoint's state dict keeps the encoder: the running average counts where there is one."""
 
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
 """Settings of an encoder that its weights' names and shapes depend on."""
@@ -112,7 +112,9 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _join_qkv(_rename_theirs(state, TRANSFORMERS_NAMES, heads=heads, library="transformers"))
 
 
-def save_encoder(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int]) -> None:
+def save_encoder(
+    encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int], weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes an encoder as safetensors, whole or not at all.
 
     The metadata hold its configuration, the image size, and the windows of each stage at that size: a later
@@ -122,6 +124,7 @@ def save_encoder(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[in
         encoder: What to save.
         path: The file, in a folder that exists.
         image_size: Height and width in pixels that the encoder was trained at.
+        weights: Its state dict, where it is spread over processes; None takes the encoder's own.
     """
     metadata = {
         "format": "simmim",
@@ -133,7 +136,8 @@ def save_encoder(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[in
     with whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would keep others out
-        save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, temporary, metadata)
+        state = encoder.state_dict() if weights is None else weights
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata)
         temporary.chmod(mode)
 
 
@@ -176,7 +180,8 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
     trained = metadata["windows"]
     if trained is not None:
         _check_windows(encoder, trained, image_size, file)
-    encoder.load_state_dict(weights)
+    floats = {key: weight.to(torch.float32) for key, weight in weights.items()}
+    encoder.load_state_dict(floats, assign=True)  # an encoder on the meta device has no memory to copy into
     parameters = sum(weight.numel() for weight in weights.values()) / 1e6
     report = f"Loaded all {len(weights)} tensors of the encoder ({parameters:.1f} M parameters) from {file}"
     if trained is None:
@@ -209,7 +214,7 @@ def find_encoder_file(path: Path) -> Path:
     Raises:
         ValueError: If there is none, or the file is of another kind.
     """
-    if path.is_dir():
+    if path.is_dir() and path.suffix != ".ckpt":
         return _find_in_run(path)
     if not path.exists():
         raise ValueError(f"encoder={path} does not exist: give a run folder, a *.ckpt or a *.safetensors file")
@@ -245,21 +250,18 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        named = load_rest(file).get("state_dict", {})
+        prefix = next((p for p in CHECKPOINT_PREFIXES if any(key.startswith(p) for key in named)), "")
+        checkpoint = load(file, keep=f"/state_dict/{prefix}")
+    except ValueError as error:
+        raise ValueError(f"encoder={error}") from error
+    if not prefix or "model" not in checkpoint.get("hyper_parameters", {}):
         raise ValueError(
-            f"encoder={file} cannot be read: it was cut short, or holds more than tensors and plain values "
-            f"({_first_line(error)})"
-        ) from error
-    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    weights = {
-        key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state.items() if key.startswith(CHECKPOINT_PREFIX)
-    }
-    if not weights or "model" not in checkpoint.get("hyper_parameters", {}):
-        raise ValueError(
-            f"encoder={file} is no checkpoint of simmim: it lacks weights named {CHECKPOINT_PREFIX}* or the "
+            f"encoder={file} is no checkpoint of simmim: it lacks weights named {CHECKPOINT_PREFIXES[-1]}* or the "
             "hyper-parameter model"
         )
+    state = checkpoint["state_dict"].items()
+    weights = {key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)}
     settings = checkpoint["hyper_parameters"]
     with torch.device("meta"):
         encoder = create_encoder(**settings["model"])

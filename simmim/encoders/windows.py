@@ -7,15 +7,39 @@ height and width in tokens; T = h * w; N windows an image.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PADDING = -1
 """The region of tokens that fill up the last windows of a map."""
+
+
+def kept(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Keeps what a function of hashable values returns, so many of them: plain tensors, whoever asks first.
+
+    A kept inference tensor could not serve training later, nor one without values, of a run that only counts.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @lru_cache(maxsize)
+        @wraps(function)
+        @torch.inference_mode(False)
+        def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return plain  # type: ignore[return-value]
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -89,8 +113,7 @@ def merge(x: Tensor, source: Windows, target: Windows) -> Tensor:
     return moved.view(x.shape[0], *target.shape, 4 * x.shape[3])
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached inference tensor could not serve training later
+@kept(maxsize=64)
 def places(windows: Windows, device: torch.device) -> Tensor:
     """Where on the map each token of the windows lies, counted row by row; H * W or more is padding.
 
@@ -100,8 +123,7 @@ def places(windows: Windows, device: torch.device) -> Tensor:
     return _places(windows).to(device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@kept(maxsize=64)
 def regions(windows: Windows, device: torch.device) -> Tensor | None:
     """Which tokens of a window may see one another: those of one region, neighbours before any shift.
 
@@ -131,8 +153,7 @@ def _places(windows: Windows) -> Tensor:
     return place.view(rows, h, columns, w).transpose(1, 2).flatten()
 
 
-@lru_cache(maxsize=128)
-@torch.inference_mode(False)
+@kept(maxsize=128)
 def _exchange(source: Windows, target: Windows, factor: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens of source each token of target is made of, where each one went, and which ones are padding.
 

@@ -38,12 +38,14 @@ def peak_memory(name: str, work: Work) -> dict[str, float]:
     return measured
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """The most that `resident` has been."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
@@ -60,10 +62,10 @@ def _measure(task: dict[str, Any]) -> dict[str, float]:
 
 
 def _rise(runner: Runner) -> int:
-    before = _resident()
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
     runner()
-    return _peak_resident() - before
+    return peak_resident() - before
 
 
 def _gpu_rise(runner: Runner) -> int:

@@ -1,6 +1,7 @@
 """The networks that are compared, and the work that each one does: a training step, or the forward pass alone."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,16 @@ from simmim.training.optimizer import create_optimizer
 
 OURS = "simmim"
 
+OBJECTIVE: dict[str, Any] = {
+    "head": "linear",
+    "loss": "l1",
+    "predict": "hidden",
+    "target": "raw",
+    "target_window": 47,
+    "target_downsampling": 1,
+}
+"""What is measured is trained with: arguments of `MaskedImageModel`."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -27,7 +38,7 @@ class Work:
         bf16: Whether in bfloat16 by autocast, else in fp32.
         compiled: Whether compiled: ours a block at a time, peers as a whole.
         training: Whether a training step (forward, backward, fused AdamW), else the forward pass alone.
-        activation_checkpointing: Of our blocks.
+        activation_checkpointing: Of our blocks: see `SwinTransformerV2.checkpoint_activations`.
         gpu: Whether on a GPU.
     """
 
@@ -37,7 +48,7 @@ class Work:
     bf16: bool = False
     compiled: bool = False
     training: bool = True
-    activation_checkpointing: bool = False
+    activation_checkpointing: str | Sequence[int] = "none"
     gpu: bool = False
 
     def changed(self, **changes: Any) -> "Work":
@@ -59,25 +70,19 @@ class Runner:
         for key, parameter in encoder.named_parameters():
             if "norm" in key and key.endswith("weight"):
                 nn.init.ones_(parameter)
-        ours = MaskedImageModel(
-            encoder,
-            head="linear",
-            loss="l1",
-            predict="hidden",
-            target="raw",
-            target_window=47,
-            target_downsampling=1,
-        )
+        ours = MaskedImageModel(encoder, **OBJECTIVE)
         self.work = work
         self.device = torch.device("cuda" if work.gpu else "cpu")
         self.network = (ours if name == OURS else create_peer(name, ours, work.image_size)).to(self.device)
         if name == OURS:
-            encoder.activation_checkpointing = work.activation_checkpointing
+            encoder.checkpoint_activations(work.activation_checkpointing)
         if work.compiled and name == OURS:
             encoder.compile_blocks()
         elif work.compiled:
             self.network.compile()
-        self.optimizer = create_optimizer(self.network, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05)
+        self.optimizer = create_optimizer(
+            self.network, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, layer_decay=1
+        )
         self.images, self.mask = (x.to(self.device) for x in batch_of(work))
 
     def __call__(self) -> float:

@@ -43,7 +43,7 @@ def model_flops(work: Work) -> int:
     Counted with the reference attention: what other ways compute again is not the model's.
     """
     one = work.changed(
-        model={**work.model, "attention": "reference"}, batch_size=1, compiled=False, activation_checkpointing=False
+        model={**work.model, "attention": "reference"}, batch_size=1, compiled=False, activation_checkpointing="none"
     )
     runner = Runner(OURS, one)
     with FlopCounterMode(display=False) as counter:

@@ -19,8 +19,9 @@ from simmim.masking import expand_mask
 from simmim.pictures import four_panels
 from simmim.seeding import derive_seed
 from simmim.targets import denormalize_locally, normalize_locally
-from simmim.training.optimizer import create_optimizer
+from simmim.training.optimizer import clip_gradients, create_optimizer, follow
 from simmim.training.schedule import create_schedule
+from simmim.training.sharding import ShardedStrategy, fill
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -77,6 +78,25 @@ class MaskedImageModel(nn.Module):
             if head == "linear"
             else nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs))
         )
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What sharded training gathers one after the other: see `simmim.training.sharding.Shardable`."""
+        blocks = [block for stage in self.encoder.blocks for block in stage]
+        return [*blocks, *self.encoder.merges, self.head]
+
+    entries = ("reconstruct",)
+
+    def layer_of(self, name: str) -> int:
+        """See `SwinTransformerV2.layer_of`; the head stands on top."""
+        return self.encoder.layer_of(name.removeprefix("encoder."))
+
+    def init_module(self, name: str, module: nn.Module) -> None:
+        """Gives initial values to the parameters that one module, of this name, itself holds."""
+        if name.startswith("encoder"):
+            self.encoder.init_module(module)
+        else:
+            module.reset_parameters()  # type: ignore[operator]  # the head's layers, as PyTorch has them
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """The loss: mean error of the predicted pixels that the objective counts.
@@ -156,7 +176,14 @@ class Pretraining(LightningModule):
         image_size: Height and width in pixels, likewise.
         mean: Mean of each image channel, in units of 0 to 1.
         std: Standard deviation of each image channel.
-        seed: Seeds the stochastic depth of every step.
+        ema_decay: How much of itself a running average of the weights keeps at each step; the average is what is
+            validated, shown and published. None for none.
+        seed: Seeds the initial values, and the stochastic depth of every step.
+
+    Attributes:
+        network: What is trained. Built on the meta device: `configure_model` gives it its values.
+        average: The running average, or None.
+        step_skipped: Whether the last optimizer step was left out, because its gradient was not finite.
     """
 
     mean: Tensor
@@ -173,17 +200,35 @@ class Pretraining(LightningModule):
         image_size: list[int],
         mean: list[float],
         std: list[float],
+        ema_decay: float | None,
         seed: int,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.network = MaskedImageModel(create_encoder(**model), **objective)
+        with torch.device("meta"):
+            self.network = MaskedImageModel(create_encoder(**model), **objective)
+            self.average = None if ema_decay is None else MaskedImageModel(create_encoder(**model), **objective)
+        if self.average is not None:
+            self.average.requires_grad_(False)
+        self.ema_decay = ema_decay
         self.optimizer = optimizer
         self.schedule = schedule
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.seed = seed
         self.micro_losses: list[Tensor] = []
+        self.step_skipped = False
+
+    @property
+    def best(self) -> MaskedImageModel:
+        """What is validated, shown and published: the running average where there is one."""
+        return self.average or self.network
+
+    def configure_model(self) -> None:
+        """Gives the network its initial values, the same for any number of processes, and shards it if need be."""
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        for network in filter(None, (self.network, self.average)):
+            fill(network, seed=self.seed, strategy=strategy if isinstance(strategy, ShardedStrategy) else None)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """The loss of one batch."""
@@ -192,7 +237,8 @@ class Pretraining(LightningModule):
         loss: Tensor = self.network(self.normalize(batch["image"]), batch["mask"])
         self.micro_losses.append(loss.detach())
         if (batch_index + 1) % self.trainer.accumulate_grad_batches == 0:
-            self.log("train_loss", torch.stack(self.micro_losses).mean())  # of the whole batch, accumulated or not
+            loss_of_step = torch.stack(self.micro_losses).mean()  # of the whole batch, accumulated or not
+            self.log("train_loss", loss_of_step, sync_dist=True)
             self.log("step", float(self.global_step + 1))  # the x axis of all loggers: optimizer steps done
             self.micro_losses.clear()
         return loss
@@ -200,9 +246,9 @@ class Pretraining(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """The loss and the trivial predictor's, weighted so that the batch size does not matter."""
         images, mask = self.normalize(batch["image"]), batch["mask"]
-        pixels = int(self.network.counted_pixels(mask, images).sum())
-        self.log("val_loss", self.network(images, mask), batch_size=pixels, sync_dist=True)
-        trivial = self.network.visible_mean_loss(images, mask)
+        pixels = int(self.best.counted_pixels(mask[batch["counts"]], images[batch["counts"]]).sum())
+        self.log("val_loss", self.best(images, mask), batch_size=pixels, sync_dist=True)
+        trivial = self.best.visible_mean_loss(images, mask)
         self.log("val_loss_visible_mean", trivial, batch_size=pixels, sync_dist=True)
         self.log("step", float(self.global_step), reduce_fx="max", sync_dist=True)
 
@@ -218,16 +264,30 @@ class Pretraining(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm of all gradients together, and logs that norm and the learning rate of the step."""
+        """Clips by the norm of all gradients together, and logs that norm and the learning rate of the step.
+
+        Where the norm is not finite the gradients are dropped, and so the step changes nothing.
+        """
         assert gradient_clip_val is not None
-        self.log("lr", optimizer.param_groups[0]["lr"])
-        self.log("grad_norm", nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val))
+        self.log("lr", max(group["lr"] for group in optimizer.param_groups))
+        norm = clip_gradients(self.network.parameters(), gradient_clip_val)
+        self.log("grad_norm", norm)
+        self.step_skipped = not bool(norm.isfinite())
+        if self.step_skipped:
+            optimizer.zero_grad()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step of the optimizer, and of the running average."""
+        super().optimizer_step(*args, **kwargs)
+        self.network.zero_grad()  # else the gradients would lie in memory through the next forward pass
+        if self.average is not None and self.ema_decay is not None and not self.step_skipped:
+            follow(self.average.parameters(), self.network.parameters(), decay=self.ema_decay, step=self.global_step)
 
     @torch.no_grad()
     def panels(self, images: Tensor, mask: Tensor) -> Tensor:
         """Original, masked, reconstruction and both pasted, of uint8 images (see `simmim.pictures.four_panels`)."""
         normalized = self.normalize(images)
-        predicted = self.network.reconstruct(normalized, mask)
+        predicted = self.best.reconstruct(normalized, mask)
         return four_panels(images / 255, self.denormalize(predicted), mask)
 
     def caption(self, *, ratio: float, patch_size: int) -> str:

@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
 from simmim.pictures import draw_panels
+from simmim.run_folder import append, shown
+from simmim.training.ranks import total_over_ranks
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,11 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar where the run stands; without a terminal there is none."""
         self.bar = tqdm(
-            total=trainer.max_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True, disable=None
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if trainer.is_global_zero else True,
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -102,11 +108,36 @@ class Reconstructions(Callback):
         path = self.folder / f"epoch_{math.ceil(trainer.global_step / self.steps_per_epoch):04d}.png"
         masking = pl_module.hparams["masking"]
         caption = pl_module.caption(ratio=masking["ratio"], patch_size=masking["patch_size"])
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        try:
             draw_panels(panels, path, caption=f"step {trainer.global_step}: {caption}")
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.log_image("reconstructions", [str(path)])
+        except OSError as error:
+            log.warning(f"{shown(path)} cannot be written ({error.strerror or error}): the run goes on without it")
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("reconstructions", [str(path)])
+
+
+class ValidationOnResume(Callback):
+    """Validates first where a run goes on at a step that ends in a validation: it may have been killed before that.
+
+    Args:
+        every_n_steps: Optimizer steps between two validations.
+    """
+
+    def __init__(self, *, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does what Lightning does after a training batch."""
+        if trainer.global_step and trainer.global_step % self.every_n_steps == 0:
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # the checkpoint was written before it began
+            trainer.validating = True
+            validation.run()
+            trainer.training = True
 
 
 class UnreadableImages(Callback):
@@ -127,12 +158,14 @@ class UnreadableImages(Callback):
         self.max_fraction = max_fraction
         self.check_after = check_after
         self.listed: set[str] = set()
+        self.unwritten = ""
+        self.waiting = False
         self.drawn = 0
         self.unreadable = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Looks at a training batch."""
-        self._look_at(batch)
+        self._look_at(trainer, batch)
 
     def on_validation_batch_start(
         self,
@@ -143,7 +176,7 @@ class UnreadableImages(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Looks at a validation batch."""
-        self._look_at(batch)
+        self._look_at(trainer, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, so that a resumed run goes on with them."""
@@ -154,22 +187,70 @@ class UnreadableImages(Callback):
         self.drawn, self.unreadable = state_dict["drawn"], state_dict["unreadable"]
         self.listed = set(state_dict["listed"])
 
-    def _look_at(self, batch: dict[str, Any]) -> None:
-        self.drawn += len(batch["image"])
-        self.unreadable += len(batch["unreadable"])
+    def _look_at(self, trainer: Trainer, batch: dict[str, Any]) -> None:
         for name, reason in batch["unreadable"]:
             if self.on_error == "raise":
-                raise ValueError(f"{name} cannot be read ({reason}): mend or remove it, or set data.on_error=skip")
-            if name not in self.listed:
+                log.error(f"{name} cannot be read ({reason})")
+            elif name not in self.listed:
                 self.listed.add(name)
                 log.warning(f"{name} cannot be read ({reason}): another image takes its place")
-                with self.path.open("a") as file:
-                    file.write(f"{name}\t{reason}\n")
+                self.unwritten += f"{name}\t{reason}\n"
+        if self.unwritten:
+            self._write()
+        drawn, unreadable = total_over_ranks(trainer, len(batch["image"]), len(batch["unreadable"]))
+        self.drawn, self.unreadable = self.drawn + int(drawn), self.unreadable + int(unreadable)
+        if unreadable and self.on_error == "raise":
+            names = " and ".join(name for name, _ in batch["unreadable"]) or "an image of another process"
+            raise ValueError(f"{names} cannot be read: mend or remove it, or set data.on_error=skip")
         if self.drawn >= self.check_after and self.unreadable > self.max_fraction * self.drawn:
             raise ValueError(
                 f"{self.unreadable} of {self.drawn} images could not be read, more than "
                 f"data.max_bad_fraction={self.max_fraction}: they are listed in {self.path}"
             )
+
+    def _write(self) -> None:
+        try:
+            append(self.path, self.unwritten)
+        except OSError as error:
+            if not self.waiting:
+                log.warning(f"{shown(self.path)} cannot be written ({error.strerror}): its lines wait in memory")
+            self.waiting = True
+        else:
+            self.unwritten, self.waiting = "", False
+
+
+class NonFiniteSteps(Callback):
+    """Counts the optimizer steps in a row that were left out, and stops the run when they are too many.
+
+    Args:
+        limit: So many in a row are borne.
+    """
+
+    def __init__(self, *, limit: int) -> None:
+        self.limit = limit
+        self.in_a_row = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Looks at each optimizer step."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.in_a_row = self.in_a_row + 1 if pl_module.step_skipped else 0
+        if self.in_a_row > self.limit:
+            raise ValueError(
+                f"the loss or its gradient was not finite for {self.in_a_row} steps in a row, more than "
+                "trainer.max_nonfinite_steps: those steps changed nothing, the checkpoints are good; try a smaller "
+                "optimizer.base_lr or optimizer.clip_grad_norm, or trainer.precision=32-true"
+            )
+        if self.in_a_row:
+            log.warning(f"step {trainer.global_step}: the loss or its gradient is not finite, the step is left out")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count, so that a resumed run goes on with it."""
+        return {"in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the count up again."""
+        self.in_a_row = state_dict["in_a_row"]
 
 
 def _lr(trainer: Trainer) -> float:

@@ -1,6 +1,8 @@
 """`metrics.csv`: one row a logged step, whole after a crash, continued by a resumed run."""
 
 import csv
+import io
+import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -8,16 +10,20 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from simmim.run_folder import whole_file
+from simmim.run_folder import append, shown, whole_file
+
+log = logging.getLogger(__name__)
 
 
 class MetricsFile(Logger):
     """Appends each row as it comes, where Lightning's own logger starts the file anew when a run is resumed.
 
+    Rows for which there is no room on the disk wait in memory.
+
     Args:
         path: The CSV file.
         until_step: Rows of an earlier part of the run are kept up to this step; what came after the checkpoint
-            that the run continues from is written again.
+            that the run continues from, a validation of this step included, is written again.
     """
 
     def __init__(self, path: Path, *, until_step: int) -> None:
@@ -25,12 +31,13 @@ class MetricsFile(Logger):
         self.path = path
         self.columns = ["step"]
         self.rows: list[dict[str, Any]] = []
+        self.written = -1  # rows; -1 where the whole file must be written, by the first process alone
+        self.waiting = False
         if path.exists():
             with path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or self.columns)
-                self.rows = [row for row in reader if int(row["step"]) <= until_step]
-        self._rewrite()
+                self.rows = [row for row in reader if int(row["step"]) < until_step + bool(row.get("train_loss"))]
 
     @property
     def name(self) -> str:
@@ -53,13 +60,41 @@ class MetricsFile(Logger):
         self.rows.append(row)
         if new := [key for key in row if key not in self.columns]:
             self.columns += new
-            self._rewrite()
-        else:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            self.written = -1
+        self._write()
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """The last chance of rows that wait."""
+        if self.waiting:
+            self._write()
+        if self.waiting:
+            log.error(
+                f"{shown(self.path)} lacks the last {len(self.rows) - max(0, self.written)} rows: the disk is full"
+            )
+
+    def _write(self) -> None:
+        try:
+            if self.written < 0:
+                self._rewrite()
+            else:
+                append(self.path, self._lines(self.rows[self.written :]))
+                self.written = len(self.rows)
+        except OSError as error:
+            if not self.waiting:
+                log.warning(f"{shown(self.path)} cannot be written ({error.strerror}): its rows wait in memory")
+            self.waiting = True
+        else:
+            self.waiting = False
+
+    @rank_zero_only
     def _rewrite(self) -> None:
-        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        header = dict(zip(self.columns, self.columns, strict=True))
+        with whole_file(self.path) as temporary:
+            temporary.write_bytes(self._lines([header, *self.rows]).encode())
+        self.written = len(self.rows)
+
+    def _lines(self, rows: list[dict[str, Any]]) -> str:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerows(rows)
+        return text.getvalue()

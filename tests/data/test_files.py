@@ -1,6 +1,7 @@
 """What all sources of files share, and the copy in memory."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -127,3 +128,13 @@ def test_names_of_any_bytes_pack():
     packed = files.PackedStrings.pack(strings)
     assert list(packed) == strings
     assert packed.ends.dtype == np.int64
+
+
+@pytest.mark.parametrize("unmounted", [False, True])
+def test_a_folder_that_goes_is_named_itself(root, unmounted):
+    source = FolderSource(root, key="data.val_root")
+    shutil.rmtree(root)
+    if unmounted:
+        root.mkdir()  # where a disk was
+    with pytest.raises(ValueError, match=rf"^data\.val_root={root} is no longer there: mount or restore it"):
+        source.load(0)

@@ -98,7 +98,7 @@ def test_a_batch_gathers_what_could_not_be_read():
 def test_a_batch_keeps_the_layout_of_its_images(channels):
     rows = [torch.randint(0, 256, (6, 5, channels), dtype=torch.uint8) for _ in range(3)]
     images = [image.permute(2, 0, 1) for image in rows]
-    others = {"mask": torch.ones(1, 1, dtype=torch.bool), "label": 0, "unreadable": []}
+    others = {"mask": torch.ones(1, 1, dtype=torch.bool), "label": 0, "counts": True, "unreadable": []}
     decoded = collate([{"image": image, **others} for image in images])["image"]
     drawn = collate([{"image": image.contiguous(), **others} for image in images])["image"]
     assert torch.equal(decoded, drawn) and torch.equal(decoded, torch.stack(images))

@@ -2,6 +2,9 @@ import io
 import json
 import subprocess
 import tarfile
+import tracemalloc
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from PIL import Image
 
 from simmim.data.decoding import UnreadableImage, decode
+from simmim.data.files import InMemory
 from simmim.data.folder import FolderSource, split_by_hash
 from simmim.data.module import create_sources
 from simmim.data.shards import (
@@ -20,6 +24,7 @@ from simmim.data.shards import (
     write_index,
     write_shard,
 )
+from simmim.reconstruct import load_images
 
 
 def jpeg(size=(60, 40), mode="RGB", kind="JPEG", **options):
@@ -209,3 +214,51 @@ def test_the_index_is_plain_json(tmp_path):
     assert index["images"] == 4
     start, length = record["offsets"][0], record["lengths"][0]
     assert (tmp_path / index["shards"][0]).read_bytes()[start : start + length] == jpeg((40, 30))
+
+
+def test_a_copy_that_goes_is_named_itself(tmp_path):
+    copy_of(tmp_path / "copy")
+    source = ShardSource(tmp_path / "copy")
+    (tmp_path / "copy").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"^data\.root={tmp_path}/copy is no longer there: mount or restore it"):
+        source.load(0)
+
+
+@pytest.mark.parametrize("name", ["../secret/shard-00000.tar", "/etc/x.tar", "..", "", "shard-00000.tar/../x", 7])
+def test_an_index_never_leads_out_of_its_folder(tmp_path, name):
+    copy_of(tmp_path / "secret")
+    copy_of(tmp_path / "copy")
+    index = json.loads((tmp_path / "copy" / "index.json").read_text())
+    (tmp_path / "copy" / "index.json").write_text(json.dumps({**index, "shards": [name]}))
+    with pytest.raises(ValueError, match=r"^data\.root=[^\n]*: index\.json names .*, which is no shard of a copy"):
+        ShardSource(tmp_path / "copy")
+
+
+def huge(kind):
+    """A small image whose header says 100,000 x 100,000 px (a JPEG cannot: 65,000 x 65,000)."""
+    data = bytearray(jpeg(kind=kind))
+    if kind == "PNG":
+        data[16:24] = (100_000).to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    else:
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = (65_000).to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_bombs_are_refused_by_size_wherever_images_come_from(tmp_path, kind):
+    name = "a.png" if kind == "PNG" else "a.jpg"
+    (tmp_path / name).write_bytes(huge(kind))
+    record = write_shard(shard_path(tmp_path / "copy", 0), iter([PreparedImage(name, -1, huge(kind))]), 2000)
+    write_index(tmp_path / "copy", [record], [], listed=1, short_side=256)
+    folder, shards = FolderSource(tmp_path).subset([0]), ShardSource(tmp_path / "copy")
+    tracemalloc.start()
+    for load in (folder.load, shards.load, InMemory(folder).load, lambda _: shrink(huge(kind), 256, 90)):
+        with pytest.raises(UnreadableImage, match=r"refused as a decompression bomb"):
+            load(0)
+    task = SimpleNamespace(network=SimpleNamespace(in_channels=3), hparams={"image_size": (32, 32)})
+    with pytest.raises(ValueError, match=r"^images=.*refused as a decompression bomb"):
+        load_images(tmp_path / name, task, 1)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

@@ -64,6 +64,7 @@ def test_the_training_loader_is_timed_with_any_number_of_workers():
         crop_ratio=[0.75, 1.33],
         batch_size=4,
         num_workers=7,
+        timeout=60,
         on_gpu=False,
         num_batches=1,
         seed=0,

@@ -1,4 +1,23 @@
+import resource
+import signal
+from contextlib import contextmanager
+
+import pytest
+
 from simmim.training.metrics import MetricsFile
+
+
+@contextmanager
+def files_limited_to(size):
+    """The system refuses to write a file beyond so many bytes, as it does on a full disk: half of a line first."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_rows_are_on_the_disk_as_they_come_and_new_metrics_add_a_column(tmp_path):
@@ -18,3 +37,22 @@ def test_a_resumed_run_keeps_the_rows_up_to_its_checkpoint(tmp_path):
         first.log_metrics({"train_loss": step / 10}, step=step)
     MetricsFile(path, until_step=20).log_metrics({"train_loss": 9.0}, step=30)
     assert path.read_text().splitlines() == ["step,train_loss", "10,1", "20,2", "30,9"]
+
+
+@pytest.mark.parametrize("new_metric", [False, True])
+def test_rows_wait_for_room_on_a_full_disk(tmp_path, caplog, new_metric):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path, until_step=0)
+    metrics.log_metrics({"train_loss": 0.5}, step=1)
+    with files_limited_to(path.stat().st_size + 3):
+        metrics.log_metrics({"val_loss" if new_metric else "train_loss": 0.25}, step=2)
+        metrics.log_metrics({"train_loss": 0.125}, step=3)
+        assert path.read_bytes() == b"step,train_loss\r\n1,0.5\r\n"  # no half of a row
+        metrics.finalize("success")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]  # not one a step
+    assert "metrics.csv cannot be written (File too large): its rows wait in memory" in caplog.messages[0]
+    assert "lacks the last 2 rows" in caplog.messages[1] or new_metric
+    metrics.log_metrics({"train_loss": 0.0625}, step=4)
+    rows = ["1,0.5,", "2,,0.25", "3,0.125,", "4,0.0625,"] if new_metric else ["1,0.5", "2,0.25", "3,0.125", "4,0.0625"]
+    assert path.read_text().splitlines()[1:] == rows
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]

@@ -26,7 +26,7 @@ def network():
 
 
 def test_exactly_the_matrices_decay(network):
-    optimizer = create_optimizer(network, lr=1.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.05)
+    optimizer = create_optimizer(network, lr=1.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.05, layer_decay=1)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     decay = {
         names[id(parameter)]: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
@@ -36,13 +36,13 @@ def test_exactly_the_matrices_decay(network):
 
 def test_frozen_parameters_are_left_out(network):
     network.encoder.requires_grad_(False)
-    optimizer = create_optimizer(network, lr=1.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.05)
+    optimizer = create_optimizer(network, lr=1.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.05, layer_decay=1)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
 
 
 def test_a_step_equals_the_formula_of_adamw(network):
     lr, beta1, beta2, eps, decay = 1e-2, 0.8, 0.9, 1e-2, 0.1
-    optimizer = create_optimizer(network, lr=lr, betas=[beta1, beta2], eps=eps, weight_decay=decay)
+    optimizer = create_optimizer(network, lr=lr, betas=[beta1, beta2], eps=eps, weight_decay=decay, layer_decay=1)
     weight = network.head.weight
     start = weight.detach().clone()
     expected, m, v = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
@@ -54,3 +54,18 @@ def test_a_step_equals_the_formula_of_adamw(network):
         update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
         expected = expected * (1 - lr * decay) - lr * update
     assert torch.allclose(weight.double(), expected, atol=1e-6)
+
+
+def test_lower_layers_learn_more_slowly(network):
+    """Typed from the released rule, for depths 2 and 2: n = 6 layers."""
+    optimizer = create_optimizer(network, lr=1.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.05, layer_decay=0.5)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {
+        "encoder.mask_token": 0, "encoder.embed.proj.weight": 0, "encoder.stages.0.0.norm1.bias": 1,
+        "encoder.stages.0.1.mlp.0.weight": 2, "encoder.merges.0.reduction.weight": 2,
+        "encoder.stages.1.0.attention.logit_scale": 3, "encoder.stages.1.1.extra_norm.weight": 4,
+        "encoder.norm.weight": 5, "head.weight": 5,
+    }  # fmt: skip
+    assert {name: rates[name] for name in expected} == {name: 0.5 ** (5 - layer) for name, layer in expected.items()}
+    assert all(group["weight_decay"] in (0, 0.05) for group in optimizer.param_groups)

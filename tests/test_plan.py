@@ -1,0 +1,199 @@
+"""The plan command: its table, what it proposes, and its advice to a run that has run out of memory."""
+
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from simmim import plan as module
+from simmim.command import compose_config
+from simmim.encoders import create_encoder
+from simmim.plan import Planner, advice, plan, run_of
+
+TINY = [
+    "model=swinv2",
+    "model.embed_dim=24",
+    "model.depths=[1,1,1,1]",
+    "model.num_heads=[1,2,4,8]",
+    "model.extra_norm_every=0",
+    "model.window_size=2",
+    "model.patch_size=4",
+    "data.image_size=64",
+    "data.batch_size=8",
+]
+ON_GPU = [*TINY, "trainer.device_memory_gb=1"]
+GIANT = ["model=swinv2_g", "data.image_size=1536", "model.window_size=32", "trainer=fsdp", "trainer.devices=8"]
+
+
+def config_of(*overrides, command="plan"):
+    return compose_config(command, [*overrides], output_dir=Path("unused"))
+
+
+def said(config, caplog):
+    with caplog.at_level(logging.INFO):
+        plan(config)
+    return [record.message for record in caplog.records]
+
+
+def test_the_table_says_what_a_run_takes_and_that_it_fits(caplog, tmp_path):
+    lines = said(config_of(*ON_GPU, f"save={tmp_path}/kept"), caplog)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 100
+    for word in (
+        "parameters",
+        "gradients",
+        "optimizer state",
+        "communication",
+        "stage 1",
+        "stage 4",
+        "counted as on a GPU",
+    ):
+        assert word in text
+    assert "> sdpa       none" in text and text.count("  yes") == 6
+    assert lines[-1].startswith("This run fits: ")
+    assert (tmp_path / "kept.csv").read_text().count("\n") == 7
+    assert "command: `python -m simmim.plan" in (tmp_path / "kept.md").read_text()
+
+
+def test_what_does_not_fit_is_told_what_does(caplog):
+    run = run_of(config_of(*ON_GPU))
+    needed = Planner(0).memory(run.changed("", checkpointing="all"))["peak"] / module.PLANNED
+    lines = said(config_of(*TINY, f"trainer.device_memory_gb={1.001 * needed / 1e9}"), caplog)
+    assert max(map(len, lines)) <= 100
+    text = "\n".join(lines)
+    assert "This run does not fit: " in text
+    assert lines[-1] == "What fits: trainer.activation_checkpointing=all"
+
+
+class Simple(Planner):
+    """Memory by a formula, so that it can be foreseen what fits."""
+
+    def memory(self, run):
+        checkpointed, sequential = run.step.checkpointing == "all", run.step.model["attention"] == "sequential"
+        images = run.step.batch_size * (0.4 if checkpointed else 1) * (0.5 if sequential else 1)
+        return {"peak": 100 * images + 1600 / run.layout.devices}
+
+
+FIRST, SECOND = "trainer.activation_checkpointing=all", "model.attention=sequential"
+
+
+@pytest.mark.parametrize(
+    ("limit", "tried"),
+    [
+        (1120, [(FIRST,)]),
+        (1119, [(FIRST,), (SECOND,), ("trainer.devices=8",)]),
+        (900, [(FIRST,), (SECOND,), ("trainer.devices=16",)]),
+        (
+            300,
+            [
+                *[(FIRST,), (SECOND,), ("trainer.devices=1024",), ("data.batch_size=1",)],
+                *[(FIRST, SECOND), (FIRST, SECOND, "trainer.devices=16")],
+            ],
+        ),
+    ],
+)
+def test_changes_are_tried_alone_in_their_order_and_then_together(limit, tried):
+    run = run_of(config_of(*ON_GPU, "trainer=fsdp", "trainer.devices=2"))
+    planner = Simple(limit)
+    found = [*planner.tried(run)]
+    assert [other.changes for other in found] == tried
+    assert [planner.fits(other) for other in found] == [*[False] * (len(tried) - 1), True]
+
+
+def test_machines_that_do_not_help_are_not_bought():
+    run = run_of(config_of(*ON_GPU, "trainer=fsdp", "trainer.devices=16"))
+    found = [other.changes for other in Simple(150).tried(run)]
+    assert found[-2:] == [(FIRST, SECOND, "trainer.devices=1024"), (FIRST, SECOND, "data.batch_size=2")]
+    nothing = [other.changes for other in Simple(0).tried(run)]
+    assert nothing[-1] == (FIRST, SECOND, "data.batch_size=1", "trainer.devices=1024")
+    alone = [other.changes for other in Simple(0).tried(run_of(config_of(*ON_GPU)))]
+    assert ("trainer=fsdp trainer.devices=1024",) in alone
+
+
+def test_a_recipe_is_planned_without_its_data():
+    config = config_of(
+        "experiment=simmim_swinv2_g",
+        "trainer=fsdp",
+        "trainer.devices=8",
+        "trainer.num_nodes=8",
+        "trainer.device_memory_gb=80",
+    )
+    run = run_of(config)
+    assert (run.layout.strategy, run.layout.devices, run.layout.accumulates) == ("fsdp", 64, True)
+    assert (run.step.model["name"], run.step.model["attention"], run.step.batch_size) == ("swinv2_g", "sdpa", 8)
+    assert run.step.gpu and run.step.bf16 and run.step.bf16_weights
+    assert int(run.step.mask.sum()) == 22  # of 36
+    assert module._more_devices(run)[0].changes == ("trainer.devices=16",)
+
+
+def test_the_largest_model_at_1536_px_does_not_fit_eight_devices_of_40_gb():
+    config = config_of(*GIANT, "trainer.device_memory_gb=40", "data.batch_size=1")
+    run, planner = run_of(config), Planner(0.9 * 40e9)
+    memory = planner.memory(run)
+    with torch.device("meta"):
+        encoder = create_encoder("swinv2_g", window_size=12)
+    encoder_values = sum(parameter.numel() for parameter in encoder.parameters())
+    assert round(encoder_values / 1e5) == 29_978
+    values = sum(math.prod(shape) for shape in planner.footprint(run).parameters)
+    assert values == encoder_values + (4096 + 1) * 3 * 32**2  # and the head
+    assert memory["parameters"] == pytest.approx(4 * values / 8, rel=0.01)
+    assert memory["optimizer"] == pytest.approx(8 * values / 8, rel=0.01)
+    assert not planner.fits(run)
+    planner.limit = 0.9 * 141e9
+    assert planner.fits(run)
+    heading = "\n".join(module._heading(config, run, planner.footprint(run), 40e9))
+    assert "3,010.4 M parameters on 8 devices" in heading
+    assert "pretraining refuses this size" in heading and "1024 or 2048" in heading.replace("\n  ", " ")
+
+
+def test_advice_for_a_run_that_has_run_out_of_memory(monkeypatch):
+    config = config_of(*TINY, "trainer=cpu", "data.batch_size=64", command="pretrain")
+    run = run_of(config)
+    assert not run.step.gpu and run.step.model["attention"] == "sequential"
+    monkeypatch.setattr(module, "free_memory", lambda: 10**12)  # it did not fit, whatever is counted
+    line = advice(config)
+    assert line.startswith("a step takes about ") and "1,000 GB" in line and "\n" not in line
+    assert "with trainer.activation_checkpointing=all about" in line
+    monkeypatch.setattr(module, "free_memory", lambda: 10**5)
+    assert "no change that is planned makes it fit" in advice(config)
+    assert "trainer.devices" not in " ".join(word for run in Planner(0).tried(run) for word in run.changes)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.device_memory_gb=0", "trainer.device_memory_gb=0 must be a number, positive"),
+        ("data.batch_size=0", "data.batch_size=0 must be a whole number, positive"),
+        ("trainer.accelerator=tpu", "trainer.accelerator=tpu is unknown: choose auto, cpu or gpu"),
+        ("trainer.strategy=zero", "trainer.strategy=zero is unknown"),
+        ("model.attention=flex", "model.attention=flex is compiled to one kernel, which is not counted"),
+        ("data.image_size=72", "data.image_size=72x72 is not a multiple of masking.patch_size=32"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(override, words):
+    with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+        plan(config_of(*ON_GPU, override))
+
+
+def test_a_size_that_patches_and_merges_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="image size 72x72 px does not fit"):
+        plan(config_of(*ON_GPU, "data.image_size=72", "masking.patch_size=8"))
+
+
+def test_the_memory_of_a_gpu_that_is_not_here_must_be_given(monkeypatch):
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"trainer\.device_memory_gb must be given"):
+        plan(config_of(*TINY, "trainer=gpu"))
+
+
+def test_the_command_answers_where_nothing_fits_too(tmp_path):
+    smallest = ["model.attention=sequential", "trainer.activation_checkpointing=all", "data.batch_size=1"]
+    command = [sys.executable, "-m", "simmim.plan", *TINY, *smallest, "trainer.device_memory_gb=1e-6"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "This run does not fit" in done.stdout and "Nothing fits" in done.stdout
+    assert done.stderr == ""
