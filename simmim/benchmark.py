@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from simmim.command import Config, command, image_size_of, on_gpu, precision_of, quieten_libraries
-from simmim.data.module import MaskedImageData, create_sources
+from simmim.data.module import ImageData, create_sources
+from simmim.data.transforms import centre_transform, pretraining_transform
 from simmim.masking import Masking
 from simmim.measuring.attention import attention_table
 from simmim.measuring.data import decoding_table, loader_table, workers_needed
@@ -138,14 +139,15 @@ def data_part(config: Config, work: Work) -> tuple[str, Rows]:
         table = decoding_table(Path(config["data"]["root"]), image_size, repeats=config["rounds"])
         rows += [{"what": f"one core: {row.pop('method')}", **row} for row in table]
     masking = Masking(image_size, model_patch_size=config["model"]["patch_size"], **config["masking"])
-    data = MaskedImageData(
+    crop = {key: config["data"][key] for key in ("crop_scale", "crop_ratio")}
+    data = ImageData(
         create_sources(config["data"], image_size),
+        transforms=(pretraining_transform(image_size, **crop), centre_transform(image_size)),
         masking=masking,
-        image_size=image_size,
         num_batches=1,
         on_gpu=work.gpu,
         seed=config["seed"],
-        **{key: config["data"][key] for key in ("crop_scale", "crop_ratio", "batch_size", "num_workers", "timeout")},
+        **{key: config["data"][key] for key in ("batch_size", "num_workers", "timeout")},
     )
     loader = loader_table(data, config["loader_workers"], seconds=config["seconds"])
     for row in loader:

@@ -75,6 +75,11 @@ def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
     return plain
 
 
+def save_config(config: Config, path: Path) -> None:
+    """Writes a config of plain values as YAML."""
+    OmegaConf.save(OmegaConf.create(config), path)
+
+
 def command(function: Callable[[Config], Any], *, positional: str | None = None) -> Callable[[], None]:
     """The entry point of a command, made from the function that takes its config as plain values.
 

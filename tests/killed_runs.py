@@ -20,7 +20,7 @@ import torch
 import simmim.checkpoint_files
 import simmim.run_folder
 from simmim.command import compose_config
-from simmim.data.module import MaskedImageData
+from simmim.data.module import ImageData
 from simmim.pretrain import pretrain
 from simmim.tasks.pretraining import Pretraining
 
@@ -72,7 +72,7 @@ def watch(fatal, rank):
     before(Pretraining, "training_step", "training")
     before(Pretraining, "configure_gradient_clipping", "between backward pass and step")
     before(Pretraining, "validation_step", "validation")
-    before(MaskedImageData, "val_dataloader", "start")
+    before(ImageData, "val_dataloader", "start")
     before(simmim.checkpoint_files, "flush", "checkpoint about to be whole")  # of a folder
     before(simmim.run_folder, "flush", "checkpoint about to be whole")  # a file, and metrics too
     before(simmim.training.checkpoint, "remove", "old checkpoint about to go")

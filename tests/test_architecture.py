@@ -24,6 +24,7 @@ LEVELS = [
     {"simmim.measuring", "simmim.settings"},
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice
+    {"simmim.run"},
     COMMANDS - {"simmim.plan"},
 ]
 HYDRA = {"hydra", "omegaconf"}

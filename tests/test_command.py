@@ -162,14 +162,14 @@ def test_a_disk_that_fills_up_costs_the_log_and_not_the_run(tmp_path):
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import simmim.pretrain
-fit = simmim.pretrain.Trainer.fit
+fit = simmim.run.Trainer.fit
 def full(*args, **options):
     resource.setrlimit(resource.RLIMIT_FSIZE, (90, -1))  # bytes a file
     try:
         fit(*args, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-simmim.pretrain.Trainer.fit = full
+simmim.run.Trainer.fit = full
 simmim.pretrain.command(simmim.pretrain.pretrain)()
 """
     overrides = ["experiment=debug", "name=full", "checkpoint.on_error=continue"]

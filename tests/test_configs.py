@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from simmim.command import compose_config, config_folder
 from simmim.encoders import create_encoder
-from simmim.pretrain import run_length
+from simmim.run import run_length
 from simmim.training.schedule import lr_factor
 
 GROUPS = ("data", "experiment", "logger", "model", "trainer")

@@ -12,7 +12,8 @@ from PIL import Image
 
 from simmim.benchmark import work_of
 from simmim.command import USER_ERRORS, compose_config, explain
-from simmim.pretrain import build, create_trainer
+from simmim.pretrain import build
+from simmim.run import create_trainer
 
 VARIANTS = {
     "debug": ("pretrain", ["experiment=debug"]),
@@ -105,10 +106,10 @@ def start(variant, words, folder):
     name = VARIANTS[variant][0]
     config = compose_config(name, words, output_dir=folder / "never")
     if name == "pretrain":
-        task, data, length = build(config)
+        task, _, length = build(config)
         task.configure_optimizers()
         if config["logger"]["name"] == "csv":
-            create_trainer(config, data, length, resumed_step=0)
+            create_trainer(config, length, callbacks=[], resumed_step=0)
     elif name == "benchmark":
         work_of(config)
     return config

@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from simmim.command import compose_config
 from simmim.encoders.weights import load_encoder
-from simmim.pretrain import build, pretrain, run_length
+from simmim.pretrain import build, pretrain
+from simmim.run import run_length
 from simmim.run_folder import list_checkpoints
 from simmim.tasks.pretraining import MaskedImageModel
 
@@ -346,7 +347,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_does_not(tmp_path)
 def test_wandb_out_of_reach_is_one_line(tmp_path, monkeypatch):
     wandb.teardown()  # of other tests: it keeps the environment that it found
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("simmim.pretrain.WANDB_PATIENCE", 1)
+    monkeypatch.setattr("simmim.run.WANDB_PATIENCE", 1)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with pytest.raises(ValueError, match=r"(?s)^logger\.mode=online: [^\n]*refused[^\n]*: give logger\.mode=offline"):

@@ -19,7 +19,7 @@ from simmim.data.loader import Notes, WatchedLoader
 from simmim.data.sampler import SampleKey, SampleStream
 from simmim.data.shards import ShardSource
 from simmim.data.synthetic import SyntheticSource
-from simmim.data.transforms import Transform, centre_transform, pretraining_transform
+from simmim.data.transforms import Transform
 from simmim.masking import Masking
 from simmim.seeding import generator_from, torch_random_from
 
@@ -92,8 +92,8 @@ def _file_sources(config: dict[str, Any]) -> tuple[FileSource, FileSource]:
 
 
 @dataclass(frozen=True)
-class MaskedSamples(Dataset[dict[str, Any]]):
-    """Images with their masks. A sample is a function of (seed, epoch, index) alone.
+class ImageSamples(Dataset[dict[str, Any]]):
+    """Images, with masks where there is a masking. A sample is a function of (seed, epoch, index) alone.
 
     An unreadable image is replaced by the next readable one and named in the sample; what to do about it is
     decided where batches arrive (`simmim.training.callbacks.UnreadableImages`), not in a worker.
@@ -101,7 +101,7 @@ class MaskedSamples(Dataset[dict[str, Any]]):
 
     source: ImageSource
     transform: Transform
-    masking: Masking
+    masking: Masking | None
     seed: int
     notes: Notes | None = None
     """Where a loader process says which image it reads."""
@@ -111,7 +111,7 @@ class MaskedSamples(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Image uint8 (C, H, W), mask bool (h, w), label, and [(name, reason), ...] of unreadable images.
+        """Image uint8 (C, H, W), label, [(name, reason), ...] of unreadable images, and perhaps a mask bool (h, w).
 
         `counts` is false for a sample that only fills a batch up.
         """
@@ -119,8 +119,10 @@ class MaskedSamples(Dataset[dict[str, Any]]):
         image, label, unreadable = self._load(index)
         with torch_random_from(self.seed, "transform", epoch, index):
             image = self.transform(image)
-        mask = self.masking(generator_from(self.seed, "mask", epoch, index))
-        return {"image": image, "mask": mask, "label": label, "counts": epoch != FILLER, "unreadable": unreadable}
+        sample = {"image": image, "label": label, "counts": epoch != FILLER, "unreadable": unreadable}
+        if self.masking is not None:
+            sample["mask"] = self.masking(generator_from(self.seed, "mask", epoch, index))
+        return sample
 
     def _load(self, index: int) -> tuple[Tensor, int, list[tuple[str, str]]]:
         unreadable: list[tuple[str, str]] = []
@@ -139,7 +141,7 @@ class MaskedSamples(Dataset[dict[str, Any]]):
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stacks samples to a batch; the lists of unreadable images become one."""
     unreadable = [entry for sample in samples for entry in sample["unreadable"]]
-    others = [{key: sample[key] for key in ("mask", "label", "counts")} for sample in samples]
+    others = [{k: v for k, v in sample.items() if k not in ("image", "unreadable")} for sample in samples]
     image = _stack([sample["image"] for sample in samples])
     return {"image": image, **default_collate(others), "unreadable": unreadable}
 
@@ -154,15 +156,13 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
     return batch
 
 
-class MaskedImageData(LightningDataModule):
-    """Training and validation batches of uint8 images and masks.
+class ImageData(LightningDataModule):
+    """Training and validation batches of uint8 images, labels, and masks where there is a masking.
 
     Args:
         sources: Training and validation images.
-        masking: Draws the masks.
-        image_size: Height and width in pixels.
-        crop_scale: See `pretraining_transform`.
-        crop_ratio: See `pretraining_transform`.
+        transforms: What happens to the ones, and to the others.
+        masking: Draws the masks; None for none.
         batch_size: Images a device.
         num_workers: Loader processes a device; None takes the machine's cores, at most 8, beside a GPU, and one
             where the training itself needs the cores.
@@ -176,10 +176,8 @@ class MaskedImageData(LightningDataModule):
         self,
         sources: tuple[ImageSource, ImageSource],
         *,
-        masking: Masking,
-        image_size: tuple[int, int],
-        crop_scale: Sequence[float],
-        crop_ratio: Sequence[float],
+        transforms: tuple[Transform, Transform],
+        masking: Masking | None,
         batch_size: int,
         num_workers: int | None,
         timeout: float,
@@ -189,9 +187,8 @@ class MaskedImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         train, validation = sources
-        transform = pretraining_transform(image_size, crop_scale=crop_scale, crop_ratio=crop_ratio)
-        self.train_samples = MaskedSamples(train, transform, masking, seed)
-        self.val_samples = MaskedSamples(validation, centre_transform(image_size), masking, seed)
+        self.train_samples = ImageSamples(train, transforms[0], masking, seed)
+        self.val_samples = ImageSamples(validation, transforms[1], masking, seed)
         self.batch_size = batch_size
         workers = min(8, os.cpu_count() or 1) if on_gpu else 1
         self.num_workers = workers if num_workers is None else num_workers
@@ -234,7 +231,7 @@ class MaskedImageData(LightningDataModule):
         longest = math.ceil(math.ceil(size / world_size) / self.batch_size)
         return self._loader(self.val_samples, batches + [[(FILLER, 0)]] * (longest - len(batches)))
 
-    def _loader(self, samples: MaskedSamples, batches: Any) -> WatchedLoader:
+    def _loader(self, samples: ImageSamples, batches: Any) -> WatchedLoader:
         notes = Notes(self.num_workers)
         return WatchedLoader(
             replace(samples, notes=notes),
@@ -254,6 +251,6 @@ def _leave_interrupts_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
 
 
-def fixed_batch(samples: MaskedSamples, count: int) -> dict[str, Any]:
+def fixed_batch(samples: ImageSamples, count: int) -> dict[str, Any]:
     """The first samples of a validation set, as one batch: what the pictures of a run show."""
     return collate([samples[(0, index)] for index in range(min(count, len(samples)))])

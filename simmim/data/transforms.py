@@ -1,8 +1,9 @@
 """What happens to an image before it reaches the encoder: uint8 tensors in, uint8 tensors out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,3 +88,21 @@ def _crop_centre(image: Tensor, image_size: tuple[int, int]) -> Tensor:
     scale = max(image_size[0] / height, image_size[1] / width)
     h, w = (max(1, round(target / scale)) for target in image_size)
     return resized_crop(image, (round((height - h) / 2), round((width - w) / 2), h, w), image_size)
+
+
+def per_channel(config: Mapping[str, Any]) -> dict[str, list[float]]:
+    """`mean` and `std` of the data section of a config, one number for each of its `channels`.
+
+    Raises:
+        ValueError: If neither one is given, nor one a channel.
+    """
+    channels: int = config["channels"]
+    statistics = {}
+    for key in ("mean", "std"):
+        values: list[float] = [config[key]] if isinstance(config[key], int | float) else config[key]
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f"data.{key}={values} has {len(values)} values for data.channels={channels}: give one, or one a channel"
+            )
+        statistics[key] = values * (channels // len(values))
+    return statistics

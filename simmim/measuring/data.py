@@ -21,7 +21,7 @@ from torchvision.transforms import functional as v1
 from simmim.data.decoding import UnreadableImage, decode, is_upright_jpeg
 from simmim.data.files import FileSource
 from simmim.data.folder import FolderSource
-from simmim.data.module import MaskedImageData
+from simmim.data.module import ImageData
 from simmim.data.shards import PreparedImage, ShardSource, shard_path, shrink, write_index, write_shard
 from simmim.data.transforms import Box, random_box, resized_crop
 
@@ -74,7 +74,7 @@ def decoding_table(folder: Path, image_size: tuple[int, int], *, repeats: int) -
     ]
 
 
-def loader_table(data: MaskedImageData, workers: Sequence[int], *, seconds: float) -> list[dict[str, Any]]:
+def loader_table(data: ImageData, workers: Sequence[int], *, seconds: float) -> list[dict[str, Any]]:
     """What the training loader gives: read, decode, crop, flip, mask, collate.
 
     Args:
@@ -179,7 +179,7 @@ def _psnr(crops: list[Crop], image_size: tuple[int, int]) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def _loader_speed(data: MaskedImageData, workers: int, seconds: float) -> float:
+def _loader_speed(data: ImageData, workers: int, seconds: float) -> float:
     """Images a second, after what the processes made ahead while they started is used up."""
     data = copy.copy(data)
     data.num_workers, data.num_batches = workers, 2**40

@@ -9,19 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from simmim.encoders import SwinTransformerV2, create_encoder
 from simmim.masking import expand_mask
 from simmim.pictures import four_panels
-from simmim.seeding import derive_seed
 from simmim.targets import denormalize_locally, normalize_locally
-from simmim.training.optimizer import clip_gradients, create_optimizer, follow
-from simmim.training.schedule import create_schedule
-from simmim.training.sharding import ShardedStrategy, fill
+from simmim.tasks.task import Task
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -162,86 +156,40 @@ class MaskedImageModel(nn.Module):
         return predicted
 
 
-class Pretraining(LightningModule):
+class Pretraining(Task):
     """Trains a `MaskedImageModel` on batches of uint8 images and their masks.
-
-    All arguments are plain numbers, strings, lists and dicts: a checkpoint rebuilds the task from itself.
 
     Args:
         model: Arguments of `create_encoder`.
         objective: Arguments of `MaskedImageModel`.
-        optimizer: Arguments of `create_optimizer`.
-        schedule: Arguments of `create_schedule`.
         masking: Arguments of `Masking` that the run used, kept for those who open the checkpoint.
         image_size: Height and width in pixels, likewise.
-        mean: Mean of each image channel, in units of 0 to 1.
-        std: Standard deviation of each image channel.
-        ema_decay: How much of itself a running average of the weights keeps at each step; the average is what is
-            validated, shown and published. None for none.
-        seed: Seeds the initial values, and the stochastic depth of every step.
-
-    Attributes:
-        network: What is trained. Built on the meta device: `configure_model` gives it its values.
-        average: The running average, or None.
-        step_skipped: Whether the last optimizer step was left out, because its gradient was not finite.
+        **training: See `Task`.
     """
 
-    mean: Tensor
-    std: Tensor
+    network: MaskedImageModel
+    average: MaskedImageModel | None
 
     def __init__(
         self,
         *,
         model: dict[str, Any],
         objective: dict[str, Any],
-        optimizer: dict[str, Any],
-        schedule: dict[str, Any],
         masking: dict[str, Any],
         image_size: list[int],
-        mean: list[float],
-        std: list[float],
-        ema_decay: float | None,
-        seed: int,
+        **training: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(lambda: MaskedImageModel(create_encoder(**model), **objective), **training)
         self.save_hyperparameters()
-        with torch.device("meta"):
-            self.network = MaskedImageModel(create_encoder(**model), **objective)
-            self.average = None if ema_decay is None else MaskedImageModel(create_encoder(**model), **objective)
-        if self.average is not None:
-            self.average.requires_grad_(False)
-        self.ema_decay = ema_decay
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        self.seed = seed
-        self.micro_losses: list[Tensor] = []
-        self.step_skipped = False
 
-    @property
-    def best(self) -> MaskedImageModel:
-        """What is validated, shown and published: the running average where there is one."""
-        return self.average or self.network
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Of the pixels that the objective counts."""
+        return self.network(self.normalize(batch["image"]), batch["mask"])  # type: ignore[no-any-return]
 
-    def configure_model(self) -> None:
-        """Gives the network its initial values, the same for any number of processes, and shards it if need be."""
-        strategy = self.trainer.strategy if self._trainer is not None else None
-        for network in filter(None, (self.network, self.average)):
-            fill(network, seed=self.seed, strategy=strategy if isinstance(strategy, ShardedStrategy) else None)
-
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """The loss of one batch."""
-        # Stochastic depth draws from the global generator: seeded a step, so that a resumed run draws the same.
-        torch.manual_seed(derive_seed(self.seed, "step", batch_index, self.global_rank))
-        loss: Tensor = self.network(self.normalize(batch["image"]), batch["mask"])
-        self.micro_losses.append(loss.detach())
-        if (batch_index + 1) % self.trainer.accumulate_grad_batches == 0:
-            loss_of_step = torch.stack(self.micro_losses).mean()  # of the whole batch, accumulated or not
-            self.log("train_loss", loss_of_step, sync_dist=True)
-            self.log("step", float(self.global_step + 1))  # the x axis of all loggers: optimizer steps done
-            self.micro_losses.clear()
-        return loss
+    def describe(self, metrics: dict[str, Any]) -> str:
+        """The loss, and what it is worth."""
+        loss, trivial = float(metrics["val_loss"]), float(metrics["val_loss_visible_mean"])
+        return f"val {loss:.4f} ({loss / trivial:.2f} of the visible mean's {trivial:.4f})"
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """The loss and the trivial predictor's, weighted so that the batch size does not matter."""
@@ -251,37 +199,6 @@ class Pretraining(LightningModule):
         trivial = self.best.visible_mean_loss(images, mask)
         self.log("val_loss_visible_mean", trivial, batch_size=pixels, sync_dist=True)
         self.log("step", float(self.global_step), reduce_fx="max", sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW and its schedule, in optimizer steps."""
-        optimizer: Optimizer = create_optimizer(self.network, **self.optimizer)
-        schedule = create_schedule(optimizer, **self.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the norm of all gradients together, and logs that norm and the learning rate of the step.
-
-        Where the norm is not finite the gradients are dropped, and so the step changes nothing.
-        """
-        assert gradient_clip_val is not None
-        self.log("lr", max(group["lr"] for group in optimizer.param_groups))
-        norm = clip_gradients(self.network.parameters(), gradient_clip_val)
-        self.log("grad_norm", norm)
-        self.step_skipped = not bool(norm.isfinite())
-        if self.step_skipped:
-            optimizer.zero_grad()
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step of the optimizer, and of the running average."""
-        super().optimizer_step(*args, **kwargs)
-        self.network.zero_grad()  # else the gradients would lie in memory through the next forward pass
-        if self.average is not None and self.ema_decay is not None and not self.step_skipped:
-            follow(self.average.parameters(), self.network.parameters(), decay=self.ema_decay, step=self.global_step)
 
     @torch.no_grad()
     def panels(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -298,10 +215,6 @@ class Pretraining(LightningModule):
         if self.network.target_window is not None:
             parts.append("the normalised target is undone with the true image's local mean and deviation")
         return "; ".join(parts)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, c, H, W) to floats of zero mean and unit deviation, on their device."""
-        return (images.float() / 255 - self.mean) / self.std
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undoes `normalize`, to floats between 0 and 1."""

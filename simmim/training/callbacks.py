@@ -68,15 +68,14 @@ class Progress(Callback):
             self.bar.set_postfix_str(f"loss {loss:.3f}, lr {_lr(trainer):.1e}, {speed}", refresh=False)
         self.bar.update()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs where the run stands, and what the loss is worth."""
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Logs where the run stands, and what the task says of it."""
         metrics = trainer.callback_metrics
         train = f"train {float(metrics['train_loss']):.4f}, " if "train_loss" in metrics else ""
-        loss, trivial = float(metrics["val_loss"]), float(metrics["val_loss_visible_mean"])
         speed = f", {self.images_per_second:.3g} images/s" if self.steps_since else ""
         log.info(
             f"epoch {trainer.global_step / self.steps_per_epoch:.1f}, step {trainer.global_step}: {train}"
-            f"val {loss:.4f} ({loss / trivial:.2f} of the visible mean's {trivial:.4f}){speed}"
+            f"{pl_module.describe(metrics)}{speed}"
         )
         self.started = None
 

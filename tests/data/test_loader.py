@@ -11,18 +11,20 @@ from PIL import Image
 
 from simmim.data.files import InMemory
 from simmim.data.folder import FolderSource
-from simmim.data.module import MaskedImageData
+from simmim.data.module import ImageData
 from simmim.data.synthetic import SyntheticSource
+from simmim.data.transforms import centre_transform, pretraining_transform
 from simmim.masking import Masking
 
 
 def data_from(source, *, workers=2, timeout=60, num_batches=40, on_gpu=False):
-    data = MaskedImageData(
+    data = ImageData(
         (source, source),
         masking=Masking((32, 32), patch_size=8, ratio=0.5, strategy="random", model_patch_size=2),
-        image_size=(32, 32),
-        crop_scale=[0.67, 1.0],
-        crop_ratio=[0.75, 1.33],
+        transforms=(
+            pretraining_transform((32, 32), crop_scale=[0.67, 1.0], crop_ratio=[0.75, 1.33]),
+            centre_transform((32, 32)),
+        ),
         batch_size=2,
         num_workers=workers,
         timeout=timeout,

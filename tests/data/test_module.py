@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from simmim.data.decoding import UnreadableImage
-from simmim.data.module import MAX_REPLACEMENTS, MaskedSamples, collate, create_sources, fixed_batch
+from simmim.data.module import MAX_REPLACEMENTS, ImageSamples, collate, create_sources, fixed_batch
 from simmim.data.sampler import SampleStream
 from simmim.data.synthetic import SyntheticSource
 from simmim.data.transforms import centre_transform, pretraining_transform
@@ -42,7 +42,7 @@ class Broken:
 def samples(source, seed=0, transform=None):
     transform = transform or pretraining_transform((32, 32), crop_scale=[0.67, 1.0], crop_ratio=[0.75, 1.33])
     masking = Masking((32, 32), patch_size=8, ratio=0.5, strategy="random", model_patch_size=2)
-    return MaskedSamples(source, transform, masking, seed)
+    return ImageSamples(source, transform, masking, seed)
 
 
 def same(a, b):

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from simmim.command import compose_config
-from simmim.data.module import MaskedImageData, create_sources
+from simmim.data.module import ImageData, create_sources
+from simmim.data.transforms import centre_transform, pretraining_transform
 from simmim.masking import Masking
 from simmim.measuring import data as measuring
 from simmim.measuring.data import decoding_table, loader_table, workers_needed
@@ -56,12 +57,13 @@ def test_the_measured_copy_is_the_one_that_the_command_makes(tmp_path):
 
 def test_the_training_loader_is_timed_with_any_number_of_workers():
     config = {"source": "synthetic", "channels": 3, "train_images": 8, "val_images": 2}
-    data = MaskedImageData(
+    data = ImageData(
         create_sources(config, (32, 32)),
         masking=Masking((32, 32), patch_size=8, ratio=0.5, strategy="random", model_patch_size=4),
-        image_size=(32, 32),
-        crop_scale=[0.67, 1.0],
-        crop_ratio=[0.75, 1.33],
+        transforms=(
+            pretraining_transform((32, 32), crop_scale=[0.67, 1.0], crop_ratio=[0.75, 1.33]),
+            centre_transform((32, 32)),
+        ),
         batch_size=4,
         num_workers=7,
         timeout=60,

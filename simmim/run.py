@@ -1,0 +1,296 @@
+"""What training runs share: how long they are, what trains them, what they write, and how they end.
+
+Pretraining and fine-tuning give a task, its data and what is drawn on the way.
+"""
+
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import wandb
+from lightning import Callback, LightningDataModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from simmim.command import Config, accumulation, check_devices, precision_of, save_config, world_size
+from simmim.run_folder import shown, step_of, whole_file
+from simmim.tasks.task import Task
+from simmim.training.callbacks import NonFiniteSteps, Progress, UnreadableImages, ValidationOnResume
+from simmim.training.checkpoint import Checkpointing, Checkpoints, Stopped
+from simmim.training.metrics import MetricsFile
+from simmim.training.sharding import ShardedStrategy
+
+log = logging.getLogger(__name__)
+
+NO_MEMORY = "can't allocate memory"
+"""What PyTorch says when the memory of the machine is used up."""
+
+LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say when a process is gone."""
+
+WANDB_PATIENCE = 15.0
+"""Seconds that Weights & Biases may take to answer when a run begins; it asks twice."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, in optimizer steps."""
+
+    images_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    max_epochs: float
+
+    @property
+    def steps_between_validations(self) -> int:
+        """An epoch, or the whole of a shorter run."""
+        return max(1, min(self.steps_per_epoch, self.total_steps))
+
+    def steps(self, epochs: float) -> int:
+        """Epochs of the schedule in steps: a run cut or stretched by `trainer.max_steps` keeps its shape."""
+        return round(epochs * self.total_steps / self.max_epochs) if self.total_steps else 0
+
+
+def train(
+    config: Config,
+    task: Task,
+    data: LightningDataModule,
+    length: Length,
+    *,
+    checkpoint: Path | None,
+    callbacks: Sequence[Callback],
+) -> Trainer:
+    """Trains a task in its run folder, and validates what no validation has seen.
+
+    Args:
+        config: The composed config of the command.
+        task: What is trained.
+        data: Its batches.
+        length: How long; a run of no steps is a validation.
+        checkpoint: What the run continues from, or None.
+        callbacks: Besides those of every run.
+
+    Returns:
+        The trainer, whose `callback_metrics` hold the last validation.
+
+    Raises:
+        Stopped: If the run was asked to stop, and has saved its state.
+    """
+    output_dir = Path(config["output_dir"])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    resumed_step = step_of(checkpoint) if checkpoint else 0
+    trainer = create_trainer(config, length, callbacks=callbacks, resumed_step=resumed_step)
+    if trainer.is_global_zero:  # last: a refused config leaves the run's own
+        save_config(config, output_dir / "config.yaml")
+    log.info(f"run folder {shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
+    try:
+        if length.total_steps:
+            trainer.fit(task, data, ckpt_path=checkpoint)
+        if trainer.global_step < length.total_steps:
+            raise Stopped(
+                f"stopped at step {trainer.global_step} of {length.total_steps}, saved: the same command with "
+                f"name={config['name']} and resume=auto continues"
+            )
+        if trainer.global_step % length.steps_between_validations or "val_loss" not in trainer.callback_metrics:
+            trainer.validate(task, data, verbose=False)
+    finally:
+        if wandb.run is not None:
+            wandb.finish()  # else the next job of a sweep would write into this one's run
+    return trainer
+
+
+def training_settings(config: Config, length: Length) -> dict[str, Any]:
+    """What `optimizer`, `schedule` and `seed` mean to a task in a run so long. See `simmim.tasks.task.Task`."""
+    optimizer, schedule = dict(config["optimizer"]), config["schedule"]
+    lr = optimizer.pop("base_lr") * length.images_per_step / 512
+    ema_decay = optimizer.pop("ema_decay")
+    optimizer.pop("clip_grad_norm")  # the trainer's
+    warmup = schedule["warmup_steps"]
+    return {
+        "optimizer": {"lr": lr, **optimizer},
+        "schedule": {
+            "name": schedule["name"],
+            "warmup_steps": length.steps(schedule["warmup_epochs"]) if warmup is None else warmup,
+            "total_steps": length.total_steps,
+            "final_ratio": schedule["final_ratio"],
+            "milestones": [length.steps(epoch) for epoch in schedule["milestone_epochs"]],
+        },
+        "ema_decay": ema_decay,
+        "seed": config["seed"],
+    }
+
+
+def prepare_torch(config: Config) -> None:
+    """Checks the devices, and seeds what libraries draw from."""
+    check_devices(config)
+    torch.set_flush_denormal(True)  # the -100 of the shifted windows makes denormals, which a CPU is slow with
+    lightning.seed_everything(config["seed"], verbose=False)
+
+
+def describe_training(config: Config, task: Task, length: Length) -> None:
+    """Says in the log how long a run is, and how it learns."""
+    log.info(
+        f"length     {length.total_steps} steps of {length.images_per_step} images, {length.steps_per_epoch} an epoch"
+    )
+    log.info(
+        f"lr         {config['optimizer']['base_lr']:g} base x {length.images_per_step} images a step / 512 = "
+        f"{task.optimizer['lr']:.3g} after {task.schedule['warmup_steps']} steps of warm-up"
+    )
+    if task.schedule["warmup_steps"] >= length.total_steps > 0:
+        log.warning("the warm-up takes the whole run: give a smaller schedule.warmup_epochs")
+
+
+def describe_unreadable(output_dir: Path) -> None:
+    """Says in the log how many images could not be read, if any."""
+    if (unreadable := output_dir / "bad_images.txt").exists():
+        log.info(f"unreadable {len(unreadable.read_bytes().splitlines())} images, replaced: {shown(unreadable)}")
+
+
+@contextmanager
+def explained(advise: Callable[[], str]) -> Iterator[None]:
+    """Says in one line what the libraries below say in many, and what to do about it.
+
+    Args:
+        advise: What to do where memory is short.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        causes: list[BaseException] = [error]  # clearing up after one error, Lightning can meet the next
+        while causes[-1].__context__ is not None:
+            causes.append(causes[-1].__context__)
+        text = " ".join(map(str, causes))
+        if any(isinstance(cause, torch.OutOfMemoryError | MemoryError) for cause in causes) or NO_MEMORY in text:
+            for cause in causes:  # what the run held: its plan needs memory too
+                traceback.clear_frames(cause.__traceback__)
+            gc.collect()
+            raise ValueError(f"out of memory: {advise()}") from error
+        if any(words in text for words in LOST_CONTACT):
+            raise ValueError(
+                "another process of this run has ended, and its own lines say why: a run continues with resume=auto"
+            ) from error
+        raise
+
+
+def run_length(config: Config, images: int) -> Length:
+    """Counts a run over so many training images in optimizer steps."""
+    trainer = config["trainer"]
+    images_per_step = config["data"]["batch_size"] * accumulation(config) * world_size(config)
+    steps_per_epoch = max(1, round(images / images_per_step))
+    total_steps = trainer["max_steps"] or round(trainer["max_epochs"] * steps_per_epoch)
+    if trainer["max_epochs"] > 0:
+        total_steps = max(1, total_steps)
+    return Length(images_per_step, steps_per_epoch, total_steps, trainer["max_epochs"])
+
+
+def create_strategy(config: Config) -> Any:
+    """Lightning's strategy that `trainer.strategy` means."""
+    settings = config["trainer"]
+    if settings["strategy"] == "single":
+        return "auto"
+    if settings["strategy"] == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True)  # else gradients would be held twice
+    bf16 = precision_of(config) == "bf16-mixed"
+    return ShardedStrategy(reshard_after_forward=settings["reshard_after_forward"], bf16=bf16)
+
+
+def create_trainer(config: Config, length: Length, *, callbacks: Sequence[Callback], resumed_step: int) -> Trainer:
+    """Lightning's trainer with everything that a run writes.
+
+    The run is one long epoch of Lightning's, and validation comes every so many batches: then the step alone says
+    where a run stands.
+    """
+    settings, output_dir = config["trainer"], Path(config["output_dir"])
+    accumulate = accumulation(config)
+    # Slurm's own way of requeueing would save inside of a signal handler, where processes wait for one another.
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return Trainer(
+        accelerator=settings["accelerator"],
+        strategy=create_strategy(config),
+        devices=world_size(config) // settings.get("num_nodes", 1),
+        num_nodes=settings.get("num_nodes", 1),
+        use_distributed_sampler=False,  # ours knows the processes
+        precision=precision_of(config),
+        max_steps=length.total_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=config["optimizer"]["clip_grad_norm"],
+        val_check_interval=length.steps_between_validations * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config["log_every_n_steps"],
+        logger=_loggers(config, resumed_step),
+        callbacks=[
+            UnreadableImages(
+                output_dir / "bad_images.txt",
+                on_error=config["data"]["on_error"],
+                max_fraction=config["data"]["max_bad_fraction"],
+            ),
+            Progress(
+                steps_per_epoch=length.steps_per_epoch,
+                images_per_step=length.images_per_step,
+                every_n_steps=config["log_every_n_steps"],
+            ),
+            *callbacks,
+            ValidationOnResume(every_n_steps=length.steps_between_validations),
+            NonFiniteSteps(limit=settings["max_nonfinite_steps"]),
+            Checkpoints(
+                output_dir,
+                every_n_steps=min(config["checkpoint"]["every_n_steps"], length.steps_per_epoch),
+                keep=config["checkpoint"]["keep"],
+                on_error=config["checkpoint"]["on_error"],
+            ),
+        ],
+        plugins=[Checkpointing(), *slurm],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=output_dir,
+    )
+
+
+def _loggers(config: Config, resumed_step: int) -> list[Logger]:
+    output_dir = Path(config["output_dir"])
+    loggers: list[Logger] = [MetricsFile(output_dir / "metrics.csv", until_step=resumed_step)]
+    if config["logger"]["name"] == "wandb":
+        mode = config["logger"]["mode"]
+        if mode not in ("offline", "online"):
+            raise ValueError(f"logger.mode={mode} is unknown: choose offline or online")
+        loggers.append(_wandb_logger(config, resumed_step))
+    return loggers
+
+
+def _wandb_logger(config: Config, resumed_step: int) -> WandbLogger:
+    """A resumed run goes on in the run of Weights & Biases that it began, whose id the run folder keeps."""
+    output_dir, offline = Path(config["output_dir"]), config["logger"]["mode"] == "offline"
+    identity = output_dir / "wandb" / "id"
+    known = identity.read_text().strip() if resumed_step and identity.is_file() else None
+    logger = WandbLogger(
+        name=str(config["name"]),
+        project=config["logger"]["project"],
+        save_dir=output_dir,
+        offline=offline,
+        id=known,
+        settings=wandb.Settings(init_timeout=WANDB_PATIENCE),
+    )
+    try:
+        if not (offline or wandb.login(prompt=False, verify=False)):
+            raise wandb.Error("there is no API key: `wandb login` asks for it once")
+        logger.log_hyperparams(config)  # the first process begins the run
+    except wandb.Error as error:
+        raise ValueError(
+            f"logger.mode=online: Weights & Biases cannot be reached ({' '.join(str(error).split())}): give "
+            "logger.mode=offline, and upload later with `wandb sync`"
+        ) from error
+    if known is None and logger.version is not None:
+        with whole_file(identity) as temporary:
+            temporary.write_text(str(logger.version))
+    return logger
