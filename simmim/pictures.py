@@ -15,6 +15,12 @@ from simmim.run_folder import whole_file
 GREY = 0.5
 """Colour of a hidden cell in a picture."""
 
+LONGEST_NAME = 24
+"""Letters of a class that a picture shows."""
+
+MOST_NUMBERED = 20
+"""Up to so many classes, their counts can be read in a picture."""
+
 PANELS = ("original", "masked", "reconstruction", "with visible part")
 
 
@@ -68,3 +74,34 @@ def _for_display(image: Tensor) -> NDArray[np.float32]:
     image = image.detach().float().cpu().clamp(0, 1)
     image = image[:3] if image.shape[0] >= 3 else image[:1]
     return image.permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
+    """Writes a PNG of what was taken for what.
+
+    Args:
+        confusion: (N, N) counts: the true classes in rows, what was said in columns.
+        classes: Their N names.
+        path: File to write; its folder is made.
+        title: A line above.
+    """
+    count = len(classes)
+    shares = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    side = min(12.0, max(4.0, 0.32 * count)) + 2.2  # inches
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
+    size = max(3.0, min(9.0, 260 / count))  # points
+    axis.set_xticks(range(count), names, rotation=90, fontsize=size)
+    axis.set_yticks(range(count), names, fontsize=size)
+    axis.set_xlabel("taken for")
+    axis.set_ylabel("is")
+    axis.set_title(title, fontsize=9)
+    if count <= MOST_NUMBERED:
+        for row, column in confusion.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            text = str(int(confusion[row, column]))
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -129,9 +129,11 @@ BATCHES: Section = {
     "crop_scale": several(POSITIVE, 2),
     "crop_ratio": several(POSITIVE, 2),
 }
+MEAN = SHARE | several(SHARE)
+STD = number(0, 1, above=True) | several(number(0, 1, above=True))
 STATISTICS: Section = {
-    "mean": SHARE | several(SHARE),
-    "std": number(0, 1, above=True) | several(number(0, 1, above=True)),
+    "mean": MEAN,
+    "std": STD,
     "on_error": WORD,
     "max_bad_fraction": SHARE,
 }
@@ -169,22 +171,13 @@ def section_of(choices: dict[str, Section], key: str, *shared: Section) -> Choic
     return Choice(key, {choice: {**own, **everywhere} for choice, own in choices.items()})
 
 
-PRETRAIN: Section = {
+TRAINING: Section = {
     **RUN,
     "seed": SEED,
     "encoder": TEXT | NULL,
     "resume": TEXT | NULL,
     "data": section_of(SOURCES, "source", BATCHES, STATISTICS, LOADING),
     "model": MODEL,
-    "masking": MASKING,
-    "objective": {
-        "head": WORD,
-        "loss": WORD,
-        "predict": WORD,
-        "target": WORD,
-        "target_window": count(2**16),
-        "target_downsampling": PIXELS,
-    },
     "optimizer": {
         "base_lr": number(0, 1000, above=True),
         "betas": several(number(0, 1, below=True), 2),
@@ -205,7 +198,52 @@ PRETRAIN: Section = {
     "logger": Choice("name", {"csv": {"name": WORD}, "wandb": {"name": WORD, "project": TEXT, "mode": WORD}}),
     "checkpoint": {"every_n_steps": count(), "keep": whole(2) | NULL, "on_error": WORD},
     "log_every_n_steps": count(),
+}
+
+PRETRAIN: Section = {
+    **TRAINING,
+    "masking": MASKING,
+    "objective": {
+        "head": WORD,
+        "loss": WORD,
+        "predict": WORD,
+        "target": WORD,
+        "target_window": count(2**16),
+        "target_downsampling": PIXELS,
+    },
     "pictures": count(1000),
+}
+
+OPTIONAL_MODEL: Section = {key: kind | NULL for key, kind in MODEL.items() if isinstance(kind, Kind)}
+FINETUNE: Section = {
+    **TRAINING,
+    "data": section_of(
+        SOURCES,
+        "source",
+        BATCHES,
+        STATISTICS,
+        LOADING,
+        {
+            "channels": count(1000) | NULL,
+            "image_size": IMAGE_SIZE | NULL,
+            "mean": MEAN | NULL,
+            "std": STD | NULL,
+            "interpolation": WORD,
+            "test_crop": number(0, 1, above=True),
+            "label_fraction": number(0, 1, above=True),
+        },
+    ),
+    "model": OPTIONAL_MODEL,
+    "augmentation": {
+        "randaugment": whole(0, 10) | NULL,
+        "color_jitter": SHARE,
+        "erasing": SHARE,
+        "mixup": number(0, 1000),
+        "cutmix": number(0, 1000),
+        "switch": SHARE,
+    },
+    "label_smoothing": SHARE,
+    "trainer": section_of(STRATEGIES, "strategy", DEVICES, COMPUTING, LENGTH, {"max_epochs": number(0, EPOCHS)}),
 }
 
 PLAN: Section = {
@@ -257,6 +295,7 @@ CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
+    "finetune": FINETUNE,
     "plan": PLAN,
     "pretrain": PRETRAIN,
     "reconstruct": RECONSTRUCT,

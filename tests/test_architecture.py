@@ -14,7 +14,9 @@ MODULES = {
     ".".join(("simmim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-COMMANDS = {f"simmim.{name}" for name in ("benchmark", "consolidate", "plan", "prepare", "pretrain", "reconstruct")}
+COMMANDS = {
+    f"simmim.{name}" for name in ("benchmark", "consolidate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
+}
 LEVELS = [
     {"simmim.seeding", "simmim.masking", "simmim.run_folder", "simmim.targets"},
     {"simmim.checkpoint_files"},

@@ -13,8 +13,8 @@ from simmim.encoders import create_encoder
 from simmim.run import run_length
 from simmim.training.schedule import lr_factor
 
-GROUPS = ("data", "experiment", "logger", "model", "trainer")
-COMMANDS = ("benchmark", "consolidate", "plan", "prepare", "pretrain", "reconstruct")
+GROUPS = ("data", "experiment", "logger", "model", "stage", "trainer")
+COMMANDS = ("benchmark", "consolidate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 # Typed from the published tables. lr at the global batch it is given for.
@@ -28,8 +28,12 @@ RECIPES = {
 }
 
 
-def config_of(*overrides):
-    return compose_config("pretrain", [*overrides], output_dir=Path("unused"))
+FINETUNED = ("finetune_", "transfer_", "supervised_", "pretrained")
+"""How the choices that fine-tuning alone has begin."""
+
+
+def config_of(*overrides, command="pretrain"):
+    return compose_config(command, [*overrides], output_dir=Path("unused"))
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -40,8 +44,9 @@ def test_every_choice_of_every_group_composes(group, choice):
         "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
     }
     root = ["data.root=photos"] if group == "experiment" and choice != "debug" else []
-    config = config_of(f"{group}={choice}", *needed.get(choice, []), *root)
-    assert config["model"]["window_size"] > 0
+    command = "finetune" if choice.startswith(FINETUNED) else "pretrain"
+    config = config_of(f"{group}={choice}", *needed.get(choice, []), *root, command=command)
+    assert choice == "pretrained" or config["model"]["window_size"] > 0
 
 
 def test_every_yaml_is_a_command_or_a_choice():
@@ -108,7 +113,9 @@ def test_recipe_headers_say_what_a_reader_needs():
             assert word in header, path.name
 
 
-@pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "model" and choice != "swinv2"])
+@pytest.mark.parametrize(
+    "choice", [choice for group, choice in CHOICES if group == "model" and choice not in ("swinv2", "pretrained")]
+)
 def test_every_model_builds_and_its_depths_can_be_overridden(choice):
     config = config_of(f"model={choice}")
     assert config["model"]["name"] == choice.removesuffix("_mini")

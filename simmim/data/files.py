@@ -149,6 +149,10 @@ class InMemory:
         data = self._place(index).numpy().tobytes()  # empty if it could not be read: asked for again, for the reason
         return decode(data or self.source.read(index), self.source.channels), self.source.label(index)
 
+    def label(self, index: int) -> int:
+        """Index into `classes`, or -1 without classes."""
+        return self.source.label(index)
+
     def name(self, index: int) -> str:
         """Where the image lies, as shown to a user."""
         return self.source.name(index)

@@ -46,6 +46,10 @@ class ImageSource(Protocol):
         """The image as uint8 (C, H, W), and its label or -1. Raises `UnreadableImage`."""
         ...
 
+    def label(self, index: int) -> int:
+        """The label alone, without reading the image."""
+        ...
+
     def name(self, index: int) -> str:
         """What to call the image to a person: its path."""
         ...

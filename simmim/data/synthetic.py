@@ -72,15 +72,22 @@ class SyntheticSource:
         Raises:
             IndexError: If `index` is not in 0..size - 1.
         """
-        if not 0 <= index < self.size:
-            raise IndexError(f"{index} is not one of the {self.size} synthetic images")
-        bits = np.random.PCG64(np.random.SeedSequence((self.seed, index)))
-        raw = bits.random_raw(6 + 12 * _LEAVES)
-        uniform = (raw >> np.uint64(40)).astype(np.float32) / np.float32(2**24)  # in [0, 1)
+        uniform = self._uniform(index, 6 + 12 * _LEAVES)
         label = int(uniform[0] * len(self.classes))
         shape, texture = divmod(label, len(TEXTURES))
         picture = _draw(uniform[1:], SHAPES[shape], TEXTURES[texture], self.image_size, self.channels)
         return torch.from_numpy(picture), label
+
+    def label(self, index: int) -> int:
+        """The label alone, without the picture."""
+        return int(self._uniform(index, 1)[0] * len(self.classes))
+
+    def _uniform(self, index: int, count: int) -> _Array:
+        """The first random numbers of a picture, in [0, 1)."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"{index} is not one of the {self.size} synthetic images")
+        raw = np.random.PCG64(np.random.SeedSequence((self.seed, index))).random_raw(count)
+        return (raw >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
     def name(self, index: int) -> str:
         """What the picture is called in messages."""

@@ -8,18 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms import v2
 
 Transform = Callable[[Tensor], Tensor]
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
 _ATTEMPTS = 10
+_BILINEAR = v2.InterpolationMode.BILINEAR
 
 
 def pretraining_transform(
-    image_size: tuple[int, int], *, crop_scale: Sequence[float], crop_ratio: Sequence[float]
+    image_size: tuple[int, int],
+    *,
+    crop_scale: Sequence[float],
+    crop_ratio: Sequence[float],
+    interpolation: str = "bilinear",
 ) -> Transform:
-    """Random crop, resized, and horizontal flip: all that SimMIM augments (section 4.1).
+    """Random crop, resized, and horizontal flip: all that SimMIM augments in pretraining (section 4.1).
 
     It draws from PyTorch's global CPU generator.
 
@@ -27,25 +33,131 @@ def pretraining_transform(
         image_size: Height and width of the result in pixels.
         crop_scale: Smallest and largest area of the crop, as a share of the image.
         crop_ratio: Smallest and largest aspect of the crop, width over height.
+        interpolation: "bilinear", as the authors' pretraining, or "bicubic".
 
     Raises:
-        ValueError: If a range is empty or not positive.
+        ValueError: If a range is empty or not positive, or the interpolation is unknown.
     """
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"data.interpolation={interpolation} is unknown: choose bilinear or bicubic")
     for key, (low, high) in {"crop_scale": crop_scale, "crop_ratio": crop_ratio}.items():
         if not 0 < low <= high:
             raise ValueError(f"data.{key}=[{low}, {high}] must be positive, the smaller number first")
     if crop_scale[1] > 1:
         raise ValueError(f"data.crop_scale={list(crop_scale)} are shares of the image's area, at most 1")
-    return partial(_crop_and_flip, image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio)
+    return partial(
+        _crop_and_flip,
+        image_size=image_size,
+        crop_scale=crop_scale,
+        crop_ratio=crop_ratio,
+        interpolation=interpolation,
+    )
 
 
-def centre_transform(image_size: tuple[int, int]) -> Transform:
-    """Takes the largest centred part of the frame's aspect, and resizes it: for validation and pictures."""
-    return partial(_crop_centre, image_size=image_size)
+def finetuning_transform(
+    image_size: tuple[int, int],
+    *,
+    crop_scale: Sequence[float],
+    crop_ratio: Sequence[float],
+    interpolation: str,
+    randaugment: float | None,
+    color_jitter: float,
+    erasing: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Transform:
+    """Random crop, resized; horizontal flip; RandAugment or colour jitter; random erasing.
+
+    The augmentation of supervised Swin and SimMIM's fine-tuning. It draws from PyTorch's global CPU generator.
+
+    Args:
+        image_size: Height and width of the result in pixels.
+        crop_scale: Smallest and largest area of the crop, as a share of the image.
+        crop_ratio: Smallest and largest aspect of the crop, width over height.
+        interpolation: "bicubic" or "bilinear".
+        randaugment: Magnitude of RandAugment's two operations, of 10; None for none.
+        color_jitter: Largest change of brightness, contrast and saturation, as a share. Used where there is no
+            RandAugment, which has these operations itself; so did timm, and with it the authors.
+        erasing: Probability that a rectangle is replaced by noise.
+        mean: Mean of each channel, in units of 0 to 1; the noise has it too, and fills what operations lay bare.
+        std: Standard deviation of each channel, likewise of the noise.
+
+    Raises:
+        ValueError: If a range is empty or not positive, or the number of channels does not suit RandAugment.
+    """
+    crop = pretraining_transform(image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, interpolation=interpolation)
+    if len(mean) not in (1, 3) and (randaugment or color_jitter):
+        raise ValueError(
+            f"data.channels={len(mean)}: colours are changed in images of 1 or 3 channels alone: give "
+            "augmentation.randaugment=null augmentation.color_jitter=0"
+        )
+    steps: list[Transform] = [crop]
+    if randaugment is not None:
+        fill = [255 * value for value in mean]
+        steps.append(v2.RandAugment(magnitude=randaugment, num_magnitude_bins=11, fill=fill, interpolation=_BILINEAR))
+    elif color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    if erasing:
+        steps.append(NoiseErasing(erasing, mean=mean, std=std))
+    return v2.Compose(steps)  # type: ignore[no-any-return]
 
 
-def resized_crop(image: Tensor, box: Box, image_size: tuple[int, int]) -> Tensor:
-    """Cuts a box out of an image (C, H, W) of uint8 and resizes it, bilinear and antialiased, as PIL does.
+class NoiseErasing(v2.RandomErasing):  # type: ignore[misc]
+    """Random erasing of uint8 images by noise that is standard normal once the image is normalised.
+
+    Args:
+        probability: Of an image to be touched.
+        mean: Mean of each channel, in units of 0 to 1.
+        std: Standard deviation of each channel.
+    """
+
+    def __init__(self, probability: float, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(p=probability, value=0)
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Erases where `RandomErasing` has chosen to."""
+        if params["v"] is not None:
+            noise = torch.randn(len(self.mean), params["h"], params["w"]) * self.std + self.mean
+            params = {**params, "v": (255 * noise).round().clamp(0, 255).to(inpt.dtype)}
+        return super().transform(inpt, params)
+
+
+def create_mixing(classes: int, *, mixup: float, cutmix: float, switch: float) -> Callable[..., Any] | None:
+    """Mixes the images of a batch with one another, and their labels likewise.
+
+    Mixup (arXiv 1710.09412) blends two images, CutMix (arXiv 1905.04899) pastes a part of one into the other.
+
+    Args:
+        classes: Number of classes N.
+        mixup: Both parameters of the beta distribution of the blend; 0 for none.
+        cutmix: Likewise, of the area of the part.
+        switch: Probability of CutMix in a batch, where both are wanted.
+
+    Returns:
+        A function of float images (B, C, H, W) and labels (B) that gives images and shares of classes (B, N), or
+        None where nothing is mixed.
+    """
+    ways = [way(alpha=alpha, num_classes=classes) for way, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    if len(ways) < 2:
+        return ways[0] if ways else None
+    return v2.RandomChoice(ways, p=[1 - switch, switch])  # type: ignore[no-any-return]
+
+
+def centre_transform(image_size: tuple[int, int], *, share: float = 1.0, interpolation: str = "bilinear") -> Transform:
+    """Takes a centred part of the frame's aspect, and resizes it: for validation and pictures.
+
+    Args:
+        image_size: Height and width of the result in pixels.
+        share: Side of the part, of the largest that there is: 0.875 is the usual 224 out of 256 px.
+        interpolation: "bilinear" or "bicubic".
+    """
+    return partial(_crop_centre, image_size=image_size, share=share, interpolation=interpolation)
+
+
+def resized_crop(image: Tensor, box: Box, image_size: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
+    """Cuts a box out of an image (C, H, W) of uint8 and resizes it, antialiased, as PIL does.
 
     The crop stays a view in the layout that the decoder left, mostly channels last, which the resizing keeps.
     """
@@ -53,7 +165,7 @@ def resized_crop(image: Tensor, box: Box, image_size: tuple[int, int]) -> Tensor
     # PyTorch tells channels last by the stride of the batch, which a batch of one made by [None] in front of the
     # channels does not show: it would then go the slow way, through channels first.
     part = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
-    return interpolate(part, image_size, mode="bilinear", antialias=True)[0]
+    return interpolate(part, image_size, mode=interpolation, antialias=True)[0]
 
 
 def random_box(height: int, width: int, crop_scale: Sequence[float], crop_ratio: Sequence[float]) -> Box:
@@ -75,19 +187,23 @@ def random_box(height: int, width: int, crop_scale: Sequence[float], crop_ratio:
 
 
 def _crop_and_flip(
-    image: Tensor, image_size: tuple[int, int], crop_scale: Sequence[float], crop_ratio: Sequence[float]
+    image: Tensor,
+    image_size: tuple[int, int],
+    crop_scale: Sequence[float],
+    crop_ratio: Sequence[float],
+    interpolation: str,
 ) -> Tensor:
     box = random_box(image.shape[-2], image.shape[-1], crop_scale, crop_ratio)
-    image = resized_crop(image, box, image_size)
+    image = resized_crop(image, box, image_size, interpolation)
     return image.flip(-1) if torch.rand(1) < 0.5 else image
 
 
-def _crop_centre(image: Tensor, image_size: tuple[int, int]) -> Tensor:
+def _crop_centre(image: Tensor, image_size: tuple[int, int], share: float, interpolation: str) -> Tensor:
     # In this order, since a banner of 10 x 10,000 px resized first would fill the memory.
     height, width = image.shape[-2:]
     scale = max(image_size[0] / height, image_size[1] / width)
-    h, w = (max(1, round(target / scale)) for target in image_size)
-    return resized_crop(image, (round((height - h) / 2), round((width - w) / 2), h, w), image_size)
+    h, w = (max(1, round(share * target / scale)) for target in image_size)
+    return resized_crop(image, (round((height - h) / 2), round((width - w) / 2), h, w), image_size, interpolation)
 
 
 def per_channel(config: Mapping[str, Any]) -> dict[str, list[float]]:

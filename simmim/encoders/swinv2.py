@@ -249,6 +249,11 @@ class SwinTransformerV2(nn.Module):
         """The blocks of each stage."""
         return [[cast(Block, block) for block in stage.children()] for stage in self.stages]
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What is computed one after the other: blocks and mergings."""
+        return [*(block for stage in self.blocks for block in stage), *self.merges]
+
     def layer_of(self, name: str) -> int:
         """How high above the images a parameter stands, for learning rates by layer.
 

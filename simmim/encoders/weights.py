@@ -6,7 +6,7 @@ functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from simmim.checkpoint_files import load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
@@ -22,6 +22,9 @@ from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
 """Where a training checkpoint's state dict keeps the encoder: the running average counts where there is one."""
+
+HEAD = "head."
+"""Where a file, and the network of a fine-tuned checkpoint, keep the classifier."""
 
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
 """Settings of an encoder that its weights' names and shapes depend on."""
@@ -113,7 +116,13 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_encoder(
-    encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int], weights: Mapping[str, Tensor] | None = None
+    encoder: SwinTransformerV2,
+    path: Path,
+    *,
+    image_size: tuple[int, int],
+    weights: Mapping[str, Tensor] | None = None,
+    head: Mapping[str, Tensor] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Writes an encoder as safetensors, whole or not at all.
 
@@ -125,6 +134,8 @@ def save_encoder(
         path: The file, in a folder that exists.
         image_size: Height and width in pixels that the encoder was trained at.
         weights: Its state dict, where it is spread over processes; None takes the encoder's own.
+        head: State dict of a linear classifier that stands on it, kept below `head.`.
+        classes: Names of the classes that it tells apart.
     """
     metadata = {
         "format": "simmim",
@@ -132,11 +143,13 @@ def save_encoder(
         "config": json.dumps(encoder.config),
         "image_size": json.dumps(image_size),
         "windows": json.dumps(encoder.windows(*image_size)),
+        "classes": json.dumps(classes),
     }
     with whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would keep others out
-        state = encoder.state_dict() if weights is None else weights
+        state = dict(encoder.state_dict() if weights is None else weights)
+        state |= {f"{HEAD}{key}": value for key, value in (head or {}).items()}
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata)
         temporary.chmod(mode)
 
@@ -199,13 +212,52 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     Returns:
         The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
         `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
-        each, both None where unknown.
+        each, both None where unknown; `head` and `classes` of the classifier, None where there is none.
 
     Raises:
         ValueError: If nothing of ours is there, or it is damaged.
     """
     file = find_encoder_file(path)
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
+
+
+def trained_windows(metadata: Mapping[str, Any]) -> list[int] | None:
+    """The windows, one a stage, in which the position bias counts offsets: a later stage's `pretrained_window_size`.
+
+    They stay those of the first stage of training: a later one hands them on.
+
+    Args:
+        metadata: See `read_encoder_weights`.
+
+    Returns:
+        Sides in tokens, or None where they are unknown.
+    """
+    given: list[int] | None = metadata["config"]["pretrained_window_size"]
+    if given is not None or metadata["windows"] is None:
+        return given
+    return [max(window) for window in metadata["windows"]]
+
+
+def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """Loads a classifier that was saved with an encoder, if it tells the same classes apart.
+
+    Args:
+        head: The linear classifier to load into.
+        metadata: See `read_encoder_weights`.
+        classes: Names of the classes in the order of the labels.
+
+    Returns:
+        One sentence for the log: whether it was kept, and if not, why.
+    """
+    if metadata["head"] is None:
+        return f"The classifier of {len(classes)} classes starts anew: the file holds none."
+    if metadata["classes"] != list(classes):
+        return (
+            f"The classifier of {len(classes)} classes ({', '.join(classes[:3])}, …) starts anew: the file's is of "
+            f"{len(metadata['classes'])} others ({', '.join(metadata['classes'][:3])}, …), and was dropped."
+        )
+    head.load_state_dict({key: value.to(torch.float32) for key, value in metadata["head"].items()}, assign=True)
+    return f"The classifier of {len(classes)} classes was kept: they are the same."
 
 
 def find_encoder_file(path: Path) -> Path:
@@ -244,8 +296,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"encoder={file} cannot be read, perhaps it was cut short: {_first_line(error)}") from error
     if metadata.get("format") != "simmim":
         raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
-    values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
-    return weights, {"architecture": metadata["architecture"], **values}
+    values = {key: json.loads(metadata.get(key, "null")) for key in ("config", "image_size", "windows", "classes")}
+    head = {key: weights.pop(key) for key in [key for key in weights if key.startswith(HEAD)]}
+    return weights, {"architecture": metadata["architecture"], "head": _named_below(HEAD, head) or None, **values}
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -260,9 +313,12 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"encoder={file} is no checkpoint of simmim: it lacks weights named {CHECKPOINT_PREFIXES[-1]}* or the "
             "hyper-parameter model"
         )
-    state = checkpoint["state_dict"].items()
-    weights = {key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)}
     settings = checkpoint["hyper_parameters"]
+    head = None
+    if "classes" in settings:  # else the head predicts pixels
+        below = f"{prefix.removesuffix('encoder.')}{HEAD}"
+        head = _named_below(below, load(file, keep=f"/state_dict/{below}")["state_dict"])
+    weights = _named_below(prefix, checkpoint["state_dict"])
     with torch.device("meta"):
         encoder = create_encoder(**settings["model"])
     size = settings.get("image_size")
@@ -272,7 +328,13 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "config": encoder.config,
         "image_size": None if size is None else list(size),
         "windows": windows,
+        "head": head,
+        "classes": settings.get("classes"),
     }
+
+
+def _named_below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:

@@ -76,8 +76,7 @@ class MaskedImageModel(nn.Module):
     @property
     def parts(self) -> list[nn.Module]:
         """What sharded training gathers one after the other: see `simmim.training.sharding.Shardable`."""
-        blocks = [block for stage in self.encoder.blocks for block in stage]
-        return [*blocks, *self.encoder.merges, self.head]
+        return [*self.encoder.parts, self.head]
 
     entries = ("reconstruct",)
 

@@ -1,5 +1,6 @@
 """What a run says and draws while it trains, and when it stops itself."""
 
+import csv
 import logging
 import math
 import time
@@ -10,8 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
-from simmim.pictures import draw_panels
-from simmim.run_folder import append, shown
+from simmim.pictures import draw_confusion, draw_panels
+from simmim.run_folder import append, shown, whole_file
 from simmim.training.ranks import total_over_ranks
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,41 @@ class Reconstructions(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("reconstructions", [str(path)])
+
+
+class ClassReport(Callback):
+    """Writes, after each validation, how well every class is recognised, and what is taken for what.
+
+    Args:
+        folder: Where `classes.csv` and `confusion.png` go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Counts over all processes, writes on the first."""
+        hits, images = (values.tolist() for values in pl_module.hits_and_images())
+        confusion = None if pl_module.confusion is None else pl_module.confusion.compute().cpu()
+        if not trainer.is_global_zero:
+            return
+        table = self.folder / "classes.csv"
+        picture = self.folder / "confusion.png"
+        try:
+            with whole_file(table) as temporary, temporary.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["class", "images", "top1"])
+                for name, hit, count in zip(pl_module.classes, hits, images, strict=True):
+                    writer.writerow([name, int(count), f"{hit / count:.4f}" if count else ""])
+            if confusion is not None:
+                title = f"step {trainer.global_step}: {pl_module.describe(trainer.callback_metrics)}"
+                draw_confusion(confusion, pl_module.classes, picture, title=title)
+        except OSError as error:
+            log.warning(f"{shown(table)} cannot be written ({error.strerror or error}): the run goes on without it")
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and confusion is not None:
+                logger.log_image("confusion", [str(picture)])
 
 
 class ValidationOnResume(Callback):
