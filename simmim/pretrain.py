@@ -128,7 +128,8 @@ def _run(config: Config) -> dict[str, Any]:
             wandb.finish()  # else the next job of a sweep would write into this one's run
     encoder, weights = task.best.encoder, gather(task.best.encoder)
     if trainer.is_global_zero:
-        save_encoder(encoder, output_dir / ENCODER, image_size=image_size, weights=weights)
+        statistics = {key: task.hparams[key] for key in ("mean", "std")}
+        save_encoder(encoder, output_dir / ENCODER, image_size=image_size, weights=weights, **statistics)
     return _summarise(output_dir, trainer)
 
 

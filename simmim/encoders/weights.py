@@ -6,7 +6,7 @@ functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,17 +113,25 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_encoder(
-    encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int], weights: Mapping[str, Tensor] | None = None
+    encoder: SwinTransformerV2,
+    path: Path,
+    *,
+    image_size: tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes an encoder as safetensors, whole or not at all.
 
-    The metadata hold its configuration, the image size, and the windows of each stage at that size: a later
-    stage of training needs those as `pretrained_window_size`.
+    The metadata hold its configuration, the image size, the windows of each stage at that size, which a later
+    stage of training needs as `pretrained_window_size`, and how images are normalised.
 
     Args:
         encoder: What to save.
         path: The file, in a folder that exists.
         image_size: Height and width in pixels that the encoder was trained at.
+        mean: Of each image channel, in units of 0 to 1, as the images were normalised with; None where unknown.
+        std: Standard deviation of each image channel, likewise.
         weights: Its state dict, where it is spread over processes; None takes the encoder's own.
     """
     metadata = {
@@ -132,6 +140,8 @@ def save_encoder(
         "config": json.dumps(encoder.config),
         "image_size": json.dumps(image_size),
         "windows": json.dumps(encoder.windows(*image_size)),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
     }
     with whole_file(path) as temporary:
         temporary.touch()
@@ -199,7 +209,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     Returns:
         The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
         `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
-        each, both None where unknown.
+        each; `mean` and `std` of each image channel, in units of 0 to 1; None where unknown.
 
     Raises:
         ValueError: If nothing of ours is there, or it is damaged.
@@ -245,6 +255,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != "simmim":
         raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
     values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
+    values |= {key: json.loads(metadata.get(key, "null")) for key in ("mean", "std")}  # older files lack them
     return weights, {"architecture": metadata["architecture"], **values}
 
 
@@ -272,6 +283,8 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "config": encoder.config,
         "image_size": None if size is None else list(size),
         "windows": windows,
+        "mean": settings.get("mean"),
+        "std": settings.get("std"),
     }
 
 
