@@ -71,7 +71,8 @@ def _run(config: Config) -> dict[str, Any]:
     trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=[pictures])
     encoder, weights = task.best.encoder, gather(task.best.encoder)
     if trainer.is_global_zero:
-        save_encoder(encoder, output_dir / ENCODER, image_size=image_size, weights=weights)
+        statistics = {key: task.hparams[key] for key in ("mean", "std")}
+        save_encoder(encoder, output_dir / ENCODER, image_size=image_size, weights=weights, **statistics)
     return _summarise(output_dir, trainer)
 
 

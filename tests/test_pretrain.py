@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from simmim.command import compose_config
-from simmim.encoders.weights import load_encoder
+from simmim.encoders.weights import load_encoder, read_encoder_weights
 from simmim.pretrain import build, pretrain
 from simmim.run import run_length
 from simmim.run_folder import list_checkpoints
@@ -78,6 +78,8 @@ def test_the_encoder_file_rebuilds_the_encoder_with_nothing_else(finished):
         assert torch.equal(value, trained[f"network.encoder.{name}"])
     with safe_open(folder / "encoder.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["image_size"]) == [32, 32]
+        assert json.loads(file.metadata()["mean"]) == [0.485, 0.456, 0.406]
+    assert read_encoder_weights(folder)[1] == read_encoder_weights(list_checkpoints(folder)[-1])[1]
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 2, 64)
 
 
@@ -284,7 +286,9 @@ def test_an_epoch_is_the_images_over_the_global_batch(tmp_path):
 def test_other_numbers_of_channels_train_and_draw(tmp_path, channels):
     summary = run(tmp_path, f"data.channels={channels}", "data.mean=[0.5]", "data.std=[0.25]", "trainer.max_steps=2")
     assert math.isfinite(summary["val_loss"])
-    assert load_encoder(tmp_path / "encoder.safetensors").config["in_channels"] == channels
+    metadata = read_encoder_weights(tmp_path)[1]
+    assert metadata["config"]["in_channels"] == channels
+    assert (metadata["mean"], metadata["std"]) == ([0.5] * channels, [0.25] * channels)
 
 
 def test_images_that_are_not_square(tmp_path):

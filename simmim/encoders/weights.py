@@ -120,19 +120,23 @@ def save_encoder(
     path: Path,
     *,
     image_size: tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     head: Mapping[str, Tensor] | None = None,
     classes: Sequence[str] | None = None,
 ) -> None:
     """Writes an encoder as safetensors, whole or not at all.
 
-    The metadata hold its configuration, the image size, and the windows of each stage at that size: a later
-    stage of training needs those as `pretrained_window_size`.
+    The metadata hold its configuration, the image size, the windows of each stage at that size, which a later
+    stage of training needs as `pretrained_window_size`, and how images are normalised.
 
     Args:
         encoder: What to save.
         path: The file, in a folder that exists.
         image_size: Height and width in pixels that the encoder was trained at.
+        mean: Of each image channel, in units of 0 to 1, as the images were normalised with; None where unknown.
+        std: Standard deviation of each image channel, likewise.
         weights: Its state dict, where it is spread over processes; None takes the encoder's own.
         head: State dict of a linear classifier that stands on it, kept below `head.`.
         classes: Names of the classes that it tells apart.
@@ -143,6 +147,8 @@ def save_encoder(
         "config": json.dumps(encoder.config),
         "image_size": json.dumps(image_size),
         "windows": json.dumps(encoder.windows(*image_size)),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
         "classes": json.dumps(classes),
     }
     with whole_file(path) as temporary:
@@ -212,7 +218,8 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     Returns:
         The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
         `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
-        each, both None where unknown; `head` and `classes` of the classifier, None where there is none.
+        each; `mean` and `std` of each image channel, in units of 0 to 1; None where unknown; `head` and `classes`
+        of the classifier, None where there is none.
 
     Raises:
         ValueError: If nothing of ours is there, or it is damaged.
@@ -296,7 +303,10 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"encoder={file} cannot be read, perhaps it was cut short: {_first_line(error)}") from error
     if metadata.get("format") != "simmim":
         raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
-    values = {key: json.loads(metadata.get(key, "null")) for key in ("config", "image_size", "windows", "classes")}
+    values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
+    values |= {
+        key: json.loads(metadata.get(key, "null")) for key in ("mean", "std", "classes")
+    }  # older files lack them
     head = {key: weights.pop(key) for key in [key for key in weights if key.startswith(HEAD)]}
     return weights, {"architecture": metadata["architecture"], "head": _named_below(HEAD, head) or None, **values}
 
@@ -328,6 +338,8 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "config": encoder.config,
         "image_size": None if size is None else list(size),
         "windows": windows,
+        "mean": settings.get("mean"),
+        "std": settings.get("std"),
         "head": head,
         "classes": settings.get("classes"),
     }

@@ -83,14 +83,31 @@ def test_metadata_say_how_it_was_trained(tmp_path: Path) -> None:
 
 def test_a_checkpoint_says_the_same_as_the_file(tmp_path: Path) -> None:
     encoder = encoder_of()
-    save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=SIZE)
-    save_checkpoint(tmp_path / "step_00000007.ckpt", encoder)
+    save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=SIZE, mean=[0.5, 0.4, 0.3, 0.2], std=[0.25] * 4)
+    statistics = {"mean": [0.5, 0.4, 0.3, 0.2], "std": [0.25] * 4}
+    hyper_parameters = {"model": MODEL, "image_size": list(SIZE), **statistics}
+    save_checkpoint(tmp_path / "step_00000007.ckpt", encoder, hyper_parameters=hyper_parameters)
     of_file, of_checkpoint = (
         read_encoder_weights(tmp_path / name) for name in ("encoder.safetensors", "step_00000007.ckpt")
     )
     assert_equal(of_checkpoint[0], of_file[0])
     assert of_checkpoint[1] == of_file[1]
+    assert {key: of_file[1][key] for key in statistics} == statistics
     assert_equal(load_encoder(tmp_path / "step_00000007.ckpt").state_dict(), encoder.state_dict())
+
+
+def test_older_files_do_not_say_how_images_are_normalised(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(), path, image_size=SIZE)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key not in ("mean", "std")}
+    save_file(encoder_of().state_dict(), path, metadata)
+    save_checkpoint(tmp_path / "old.ckpt", encoder_of())
+    for old in (path, tmp_path / "old.ckpt"):
+        weights, metadata = read_encoder_weights(old)
+        assert (metadata["mean"], metadata["std"]) == (None, None)
+        assert_equal(weights, encoder_of().state_dict())
+        assert_equal(load_encoder(old).state_dict(), encoder_of().state_dict())
 
 
 def test_a_run_folder_offers_its_newest_weights(tmp_path: Path) -> None:
