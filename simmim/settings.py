@@ -113,6 +113,7 @@ MODEL: Section = {
     "patch_size": PIXELS,
     "drop_path": number(),
     "attention": WORD,
+    "position_bias": WORD,
 }
 
 FILES: Section = {"root": TEXT, "val_root": TEXT | NULL, "val_fraction": number(), "cache": WORD}

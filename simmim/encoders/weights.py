@@ -18,13 +18,17 @@ from torch import Tensor
 
 from simmim.checkpoint_files import load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.encoders.position_bias import move_table
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
 """Where a training checkpoint's state dict keeps the encoder: the running average counts where there is one."""
 
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
-"""Settings of an encoder that its weights' names and shapes depend on."""
+"""Settings of an encoder that its weights' names and shapes depend on, whatever its position bias."""
+
+BEFORE = {"position_bias": "log_cpb"}
+"""What the configuration of older files, which does not say, stands for."""
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
 """What other libraries store, or once stored, though it can be recomputed."""
@@ -74,7 +78,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names an encoder's weights as timm's `SwinTransformerV2` does; it has no mask token, which is left out.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G.
+        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
     """
     return _rename_ours({key: value for key, value in state.items() if key != "mask_token"}, TIMM_NAMES, "timm")
 
@@ -93,7 +97,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names an encoder's weights as transformers' `Swinv2Model` does, made with `use_mask_token=True`.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G.
+        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
     """
     return _rename_ours(_split_qkv(state), TRANSFORMERS_NAMES, "transformers")
 
@@ -162,6 +166,9 @@ def load_encoder(path: Path) -> SwinTransformerV2:
 def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int]) -> str:
     """Loads weights into an encoder that exists, which keeps its own windows, stochastic depth and attention.
 
+    A position bias that is a table is moved from the windows that it was trained with to those that the encoder has at
+    the image size, once and for all: give the largest one, at which the fewest windows shrink to their map.
+
     Args:
         encoder: What to load into.
         path: What `read_encoder_weights` reads.
@@ -171,14 +178,16 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
         One sentence for the log: what was loaded, from where, and how it was trained.
 
     Raises:
-        ValueError: If there are no weights of ours, a name or shape differs, or the windows change and the model
-            does not say which windows the position bias was trained with.
+        ValueError: If there are no weights of ours, a name or shape differs, the position bias is of another kind, or
+            the windows change and the model does not say which windows a continuous one was trained with.
     """
     file = find_encoder_file(path)
     weights, metadata = read_encoder_weights(file)
-    _check_fit(encoder, weights, metadata, file)
     trained = metadata["windows"]
     if trained is not None:
+        weights = _move_tables(encoder, weights, trained, image_size)
+    _check_fit(encoder, weights, metadata, file)
+    if trained is not None and encoder.config["position_bias"] != "table":
         _check_windows(encoder, trained, image_size, file)
     floats = {key: weight.to(torch.float32) for key, weight in weights.items()}
     encoder.load_state_dict(floats, assign=True)  # an encoder on the meta device has no memory to copy into
@@ -245,6 +254,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != "simmim":
         raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
     values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
+    values["config"] = BEFORE | values["config"]
     return weights, {"architecture": metadata["architecture"], **values}
 
 
@@ -276,12 +286,17 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
+    theirs, ours = metadata["config"], encoder.config
+    if (bias := theirs["position_bias"]) != ours["position_bias"]:
+        raise ValueError(
+            f"encoder={file} was trained with model.position_bias={bias}, and the model has {ours['position_bias']}: "
+            f"give model.position_bias={bias}"
+        )
     model = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     held = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [key for key in model | held if model.get(key) != held.get(key)]
     if not wrong:
         return
-    theirs, ours = metadata["config"], encoder.config
     sizes = [f"{key}={theirs[key]} (model: {ours[key]})" for key in SIZE_KEYS if theirs[key] != ours[key]]
     first = [f"{key} {held.get(key, 'missing')} (model: {model.get(key, 'none')})" for key in wrong[:2]]
     raise ValueError(
@@ -289,6 +304,20 @@ def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata:
         f"{len(wrong)} tensors differ in name or shape, the first {', '.join(first)}: choose the model that "
         "it was trained as"
     )
+
+
+def _move_tables(
+    encoder: SwinTransformerV2, weights: dict[str, Tensor], trained: list[list[int]], image_size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Position biases that are tables for the encoder's windows; everything else as it is."""
+    moved, now = dict(weights), encoder.windows(*image_size)
+    for stage, (before, window) in enumerate(zip(trained, now, strict=False)):  # stages too many fit nowhere
+        for key in weights:
+            if key.startswith(f"stages.{stage}.") and key.endswith("position_bias.table"):
+                moved[key] = move_table(
+                    weights[key].float(), (before[0], before[1]), window, window_size=encoder.window_size
+                )
+    return moved
 
 
 def _check_windows(
@@ -305,6 +334,8 @@ def _check_windows(
 
 
 def _rename_ours(state: Mapping[str, Tensor], names: dict[str, str], library: str) -> dict[str, Tensor]:
+    if other := next((key for key in state if ".position_bias." in key and ".position_bias.mlp." not in key), None):
+        raise ValueError(f"{library} knows model.position_bias=log_cpb alone, and the encoder has {other}")
     complaint = f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
     return _rename(state, list(names.items()), complaint)
 
