@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from simmim.command import Config, accumulation, command, image_size_of, on_gpu, quieten_libraries
 from simmim.data.module import ImageData, create_sources, fixed_batch
 from simmim.data.transforms import centre_transform, per_channel, pretraining_transform
-from simmim.encoders.weights import load_encoder_weights, save_encoder
+from simmim.encoders.weights import load_encoder_weights, read_encoder_weights, save_encoder, trained_windows
 from simmim.masking import Masking
 from simmim.plan import advice
 from simmim.run import (
@@ -56,6 +56,9 @@ def pretrain(config: Config) -> dict[str, Any]:
 def _run(config: Config) -> dict[str, Any]:
     output_dir, image_size = Path(config["output_dir"]), image_size_of(config)
     checkpoint = find_checkpoint(config["resume"], output_dir)
+    if config["encoder"] is not None and config["model"]["pretrained_window_size"] is None:
+        windows = trained_windows(read_encoder_weights(Path(config["encoder"]))[1])
+        config = {**config, "model": {**config["model"], "pretrained_window_size": windows}}
     task, data, length = build(config)
     if checkpoint is not None:
         refuse_changed_settings(checkpoint, dict(task.hparams))

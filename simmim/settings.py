@@ -102,17 +102,19 @@ IMAGE_SIZE = Kind("a number of pixels, or [height, width]", (PIXELS | several(PI
 SEED = whole(0, 2**32 - 1)  # as NumPy's
 RUN: Section = {"name": NAME, "output_dir": TEXT}
 
+WINDOW = count(2**12)
 MODEL: Section = {
     "name": WORD,
     "embed_dim": count(2**16) | NULL,
     "depths": several(count(1000)) | NULL,
     "num_heads": several(count(2**16)) | NULL,
     "extra_norm_every": whole() | NULL,
-    "window_size": count(2**12),
-    "pretrained_window_size": count(2**12) | several(count(2**12)) | NULL,
+    "window_size": WINDOW,
+    "pretrained_window_size": WINDOW | several(WINDOW | several(WINDOW, 2)) | NULL,
     "patch_size": PIXELS,
     "drop_path": number(),
     "attention": WORD,
+    "position_bias": WORD,
 }
 
 FILES: Section = {"root": TEXT, "val_root": TEXT | NULL, "val_fraction": number(), "cache": WORD}

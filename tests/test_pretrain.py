@@ -228,12 +228,17 @@ def test_a_resumed_run_keeps_its_settings(finished, tmp_path, change, setting):
         run(tmp_path, f"resume={folder}", change)
 
 
-def test_an_encoder_does_not_change_its_windows_unnoticed(finished, tmp_path):
+def test_windows_of_an_earlier_stage_are_read_from_its_file_and_handed_on(finished, tmp_path):
+    """The position bias goes on counting in the first stage's windows, however many stages follow."""
     folder, _ = finished
-    larger = ("data.image_size=64", "model.window_size=8", "trainer.max_steps=1", f"encoder={folder}")
-    with pytest.raises(ValueError, match=r"model\.pretrained_window_size=\[4,4,2\]"):
-        run(tmp_path / "1", *larger)
-    run(tmp_path / "2", *larger, "model.pretrained_window_size=[4,4,2]")
+    larger = ("data.image_size=64", "model.window_size=8", "trainer.max_steps=1")
+    with pytest.raises(ValueError, match=r"windows of 4x4, 4x4, 2x2 tokens.*8x8.*give model\.pretrained_window_size="):
+        run(tmp_path / "1", *larger, f"encoder={folder}", "model.pretrained_window_size=8")
+    run(tmp_path / "2", *larger, f"encoder={folder}")
+    run(tmp_path / "3", *larger, f"encoder={tmp_path / '2'}")
+    for stage in "23":
+        config = load_encoder(tmp_path / stage).config
+        assert (config["window_size"], config["pretrained_window_size"]) == (8, [4, 4, 2])
 
 
 def test_a_stage_starts_from_another_runs_encoder(finished, tmp_path):

@@ -12,11 +12,12 @@ def create_encoder(
     name: str,
     *,
     window_size: int,
-    pretrained_window_size: int | Sequence[int] | None = None,
+    pretrained_window_size: int | Sequence[int | Sequence[int]] | None = None,
     patch_size: int = 4,
     in_channels: int = 3,
     drop_path: float = 0.0,
     attention: str = "auto",
+    position_bias: str = "log_cpb",
     embed_dim: int | None = None,
     depths: Sequence[int] | None = None,
     num_heads: Sequence[int] | None = None,
@@ -32,6 +33,7 @@ def create_encoder(
         in_channels: Channels of the images.
         drop_path: Stochastic depth of the last block.
         attention: Implementation of the attention.
+        position_bias: Kind of the position bias.
         embed_dim: Overrides the published value where given; so do the three that follow.
         depths: Blocks a stage.
         num_heads: Heads a stage.
@@ -58,5 +60,6 @@ def create_encoder(
         in_channels=in_channels,
         drop_path=drop_path,
         attention=attention,
+        position_bias=position_bias,
         **size,
     )

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from simmim.encoders.attention import resolve_implementation, window_attention
 from simmim.encoders.mlp import MLP
-from simmim.encoders.position_bias import LogSpacedPositionBias, log_spaced_offsets
+from simmim.encoders.position_bias import OFFSETS, PositionBiasTable, create_position_bias
 from simmim.encoders.windows import Geometry, Windows, merge, places, regions, reorder
 from simmim.masking import expand_mask
 
@@ -40,10 +40,11 @@ class WindowAttention(nn.Module):
     Args:
         dim: Channels C.
         num_heads: Heads n, a divisor of C.
+        position_bias: See `simmim.encoders.position_bias`.
         implementation: See `simmim.encoders.attention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, implementation: str) -> None:
+    def __init__(self, dim: int, num_heads: int, *, position_bias: nn.Module, implementation: str) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.implementation = implementation
@@ -51,7 +52,7 @@ class WindowAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.empty(dim))
         self.v_bias = nn.Parameter(torch.empty(dim))
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
-        self.position_bias = LogSpacedPositionBias(num_heads)
+        self.position_bias = position_bias
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
@@ -89,6 +90,7 @@ class Block(nn.Module):
         shifted: Whether the windows are shifted by half a window.
         drop_path: Probability of dropping a residual branch for an image.
         extra_norm: Whether a norm follows on the main branch (models H and G).
+        position_bias: See `simmim.encoders.position_bias`.
         implementation: See `simmim.encoders.attention`.
     """
 
@@ -100,11 +102,12 @@ class Block(nn.Module):
         shifted: bool,
         drop_path: float,
         extra_norm: bool,
+        position_bias: nn.Module,
         implementation: str,
     ) -> None:
         super().__init__()
         self.shifted = shifted
-        self.attention = WindowAttention(dim, num_heads, implementation=implementation)
+        self.attention = WindowAttention(dim, num_heads, position_bias=position_bias, implementation=implementation)
         self.norm1 = PostNorm(dim)
         self.mlp = MLP(dim)
         self.norm2 = PostNorm(dim)
@@ -170,12 +173,15 @@ class SwinTransformerV2(nn.Module):
         num_heads: Heads a stage; each divides its stage's channels.
         extra_norm_every: A norm on the main branch after so many blocks of a stage; 0 for none.
         window_size: Side of the attention window in tokens.
-        pretrained_window_size: Window of an earlier training stage in tokens, one number or one a stage, which
-            the position bias was trained with; None where this is the first training stage.
+        pretrained_window_size: Window of an earlier training stage in tokens, one number, or for each stage of the
+            encoder a number or [height, width], which
+            a continuous position bias was trained with; None where this is the first training stage. A table has the
+            room of `window_size` in any case: `simmim.encoders.weights.load_encoder_weights` moves it.
         patch_size: Side of a patch in pixels.
         in_channels: Channels of the images.
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
         attention: Implementation of the attention, see `simmim.encoders.attention`.
+        position_bias: "log_cpb", "linear_cpb" or "table", see `simmim.encoders.position_bias`.
 
     Attributes:
         checkpointed_stages: Stages, counted from 0, whose blocks the backward pass computes again instead of keeping
@@ -193,11 +199,12 @@ class SwinTransformerV2(nn.Module):
         num_heads: Sequence[int],
         extra_norm_every: int,
         window_size: int,
-        pretrained_window_size: int | Sequence[int] | None,
+        pretrained_window_size: int | Sequence[int | Sequence[int]] | None,
         patch_size: int,
         in_channels: int,
         drop_path: float,
         attention: str,
+        position_bias: str,
     ) -> None:
         super().__init__()
         trained_windows = _per_stage(pretrained_window_size, len(depths))
@@ -214,6 +221,7 @@ class SwinTransformerV2(nn.Module):
             "in_channels": in_channels,
             "drop_path": drop_path,
             "attention": attention,
+            "position_bias": position_bias,
         }
         self.patch_size = patch_size
         self.window_size = window_size
@@ -234,6 +242,7 @@ class SwinTransformerV2(nn.Module):
                     shifted=block % 2 == 1,
                     drop_path=next(rates),
                     extra_norm=extra_norm_every > 0 and (block + 1) % extra_norm_every == 0,
+                    position_bias=create_position_bias(position_bias, num_heads[stage], window_size=window_size),
                     implementation=attention,
                 )
                 for block in range(depth)
@@ -307,6 +316,8 @@ class SwinTransformerV2(nn.Module):
             nn.init.zeros_(module.q_bias)
             nn.init.zeros_(module.v_bias)
             nn.init.constant_(module.logit_scale, math.log(10))
+        elif isinstance(module, PositionBiasTable):
+            nn.init.trunc_normal_(module.table, std=0.02)
         elif isinstance(module, SwinTransformerV2):
             nn.init.trunc_normal_(module.mask_token, std=0.02)
         elif isinstance(module, nn.LayerNorm | nn.Conv2d):
@@ -414,7 +425,8 @@ class SwinTransformerV2(nn.Module):
 
     def _geometry(self, windows: Windows, stage: int, device: torch.device) -> Geometry:
         trained = self.trained_windows[stage]
-        offsets = log_spaced_offsets(windows.window, (trained, trained) if trained else windows.window, device)
+        spaced = OFFSETS[self.config["position_bias"]]
+        offsets = spaced(windows.window, windows.window if trained is None else _sides(trained), device)
         return Geometry(windows.window, offsets, regions(windows, device))
 
     def _fits(self, size: int) -> bool:
@@ -442,11 +454,16 @@ def _rows(at: tuple[Tensor, Tensor, Tensor], windows: Windows) -> Tensor:
     return image * len(slots) + slots[row * windows.size[1] + column]
 
 
-def _per_stage(value: int | Sequence[int] | None, stages: int) -> list[Any]:
+def _per_stage(value: int | Sequence[int | Sequence[int]] | None, stages: int) -> list[Any]:
     values = [value] * stages if value is None or isinstance(value, int) else list(value)
     if len(values) != stages:
         raise ValueError(f"model.pretrained_window_size={values} must be one number or one for each of {stages} stages")
     return values
+
+
+def _sides(window: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a window that one number may stand for."""
+    return (window, window) if isinstance(window, int) else (window[0], window[1])
 
 
 def _check(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from simmim.checkpoint_files import load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.encoders.position_bias import move_table
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
@@ -27,7 +28,13 @@ HEAD = "head."
 """Where a file, and the network of a fine-tuned checkpoint, keep the classifier."""
 
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
-"""Settings of an encoder that its weights' names and shapes depend on."""
+"""Settings of an encoder that its weights' names and shapes depend on, whatever its position bias."""
+
+BEFORE = {"position_bias": "log_cpb"}
+"""What the configuration of older files, which does not say, stands for."""
+
+OPTIONAL = ("mean", "std", "classes")
+"""What older files do not say."""
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
 """What other libraries store, or once stored, though it can be recomputed."""
@@ -77,7 +84,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names an encoder's weights as timm's `SwinTransformerV2` does; it has no mask token, which is left out.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G.
+        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
     """
     return _rename_ours({key: value for key, value in state.items() if key != "mask_token"}, TIMM_NAMES, "timm")
 
@@ -96,7 +103,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names an encoder's weights as transformers' `Swinv2Model` does, made with `use_mask_token=True`.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G.
+        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
     """
     return _rename_ours(_split_qkv(state), TRANSFORMERS_NAMES, "transformers")
 
@@ -181,6 +188,9 @@ def load_encoder(path: Path) -> SwinTransformerV2:
 def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int]) -> str:
     """Loads weights into an encoder that exists, which keeps its own windows, stochastic depth and attention.
 
+    A position bias that is a table is moved from the windows that it was trained with to those that the encoder has at
+    the image size, once and for all: give the largest one, at which the fewest windows shrink to their map.
+
     Args:
         encoder: What to load into.
         path: What `read_encoder_weights` reads.
@@ -190,15 +200,17 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
         One sentence for the log: what was loaded, from where, and how it was trained.
 
     Raises:
-        ValueError: If there are no weights of ours, a name or shape differs, or the windows change and the model
-            does not say which windows the position bias was trained with.
+        ValueError: If there are no weights of ours, a name or shape differs, the position bias is of another kind, or
+            the windows change and the model does not say which windows a continuous one was trained with.
     """
     file = find_encoder_file(path)
     weights, metadata = read_encoder_weights(file)
-    _check_fit(encoder, weights, metadata, file)
     trained = metadata["windows"]
     if trained is not None:
-        _check_windows(encoder, trained, image_size, file)
+        weights = _move_tables(encoder, weights, trained, image_size)
+    _check_fit(encoder, weights, metadata, file)
+    if encoder.config["position_bias"] != "table":
+        _check_windows(encoder, metadata, image_size, file)
     floats = {key: weight.to(torch.float32) for key, weight in weights.items()}
     encoder.load_state_dict(floats, assign=True)  # an encoder on the meta device has no memory to copy into
     parameters = sum(weight.numel() for weight in weights.values()) / 1e6
@@ -228,7 +240,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
 
 
-def trained_windows(metadata: Mapping[str, Any]) -> list[int] | None:
+def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None:
     """The windows, one a stage, in which the position bias counts offsets: a later stage's `pretrained_window_size`.
 
     They stay those of the first stage of training: a later one hands them on.
@@ -237,12 +249,12 @@ def trained_windows(metadata: Mapping[str, Any]) -> list[int] | None:
         metadata: See `read_encoder_weights`.
 
     Returns:
-        Sides in tokens, or None where they are unknown.
+        Sides in tokens, [height, width] where these differ; or None where they are unknown.
     """
-    given: list[int] | None = metadata["config"]["pretrained_window_size"]
+    given: list[int | list[int]] | None = metadata["config"]["pretrained_window_size"]
     if given is not None or metadata["windows"] is None:
         return given
-    return [max(window) for window in metadata["windows"]]
+    return [height if height == width else [height, width] for height, width in metadata["windows"]]
 
 
 def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -304,9 +316,8 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != "simmim":
         raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
     values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
-    values |= {
-        key: json.loads(metadata.get(key, "null")) for key in ("mean", "std", "classes")
-    }  # older files lack them
+    values |= {key: json.loads(metadata.get(key, "null")) for key in OPTIONAL}
+    values["config"] = BEFORE | values["config"]
     head = {key: weights.pop(key) for key in [key for key in weights if key.startswith(HEAD)]}
     return weights, {"architecture": metadata["architecture"], "head": _named_below(HEAD, head) or None, **values}
 
@@ -350,12 +361,17 @@ def _named_below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
+    theirs, ours = metadata["config"], encoder.config
+    if (bias := theirs["position_bias"]) != ours["position_bias"]:
+        raise ValueError(
+            f"encoder={file} was trained with model.position_bias={bias}, and the model has {ours['position_bias']}: "
+            f"give model.position_bias={bias}"
+        )
     model = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     held = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [key for key in model | held if model.get(key) != held.get(key)]
     if not wrong:
         return
-    theirs, ours = metadata["config"], encoder.config
     sizes = [f"{key}={theirs[key]} (model: {ours[key]})" for key in SIZE_KEYS if theirs[key] != ours[key]]
     first = [f"{key} {held.get(key, 'missing')} (model: {model.get(key, 'none')})" for key in wrong[:2]]
     raise ValueError(
@@ -365,20 +381,38 @@ def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata:
     )
 
 
+def _move_tables(
+    encoder: SwinTransformerV2, weights: dict[str, Tensor], trained: list[list[int]], image_size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Position biases that are tables for the encoder's windows; everything else as it is."""
+    moved, now = dict(weights), encoder.windows(*image_size)
+    for stage, (before, window) in enumerate(zip(trained, now, strict=False)):  # stages too many fit nowhere
+        for key in weights:
+            if key.startswith(f"stages.{stage}.") and key.endswith("position_bias.table"):
+                moved[key] = move_table(
+                    weights[key].float(), (before[0], before[1]), window, window_size=encoder.window_size
+                )
+    return moved
+
+
 def _check_windows(
-    encoder: SwinTransformerV2, trained: list[list[int]], image_size: tuple[int, int], file: Path
+    encoder: SwinTransformerV2, metadata: Mapping[str, Any], image_size: tuple[int, int], file: Path
 ) -> None:
-    now = [list(window) for window in encoder.windows(*image_size)]
-    if trained != now and encoder.config["pretrained_window_size"] is None:
-        sides = ",".join(str(max(window)) for window in trained)
+    """Refuses an encoder that would count the offsets of the position bias in other windows than the weights do."""
+    theirs = trained_windows(metadata)
+    ours = trained_windows({"config": encoder.config, "windows": encoder.windows(*image_size)})
+    if theirs is not None and ours is not None and theirs != ours:
+        sides = json.dumps(theirs, separators=(",", ":"))
         raise ValueError(
-            f"encoder={file} was trained with windows of {', '.join(map(_by, trained))} tokens, and the model has "
-            f"{', '.join(map(_by, now))}: give model.pretrained_window_size=[{sides}], or the position bias would "
+            f"encoder={file} was trained with windows of {', '.join(map(_by, theirs))} tokens, and the model has "
+            f"{', '.join(map(_by, ours))}: give model.pretrained_window_size={sides}, or the position bias would "
             "mean other offsets"
         )
 
 
 def _rename_ours(state: Mapping[str, Tensor], names: dict[str, str], library: str) -> dict[str, Tensor]:
+    if other := next((key for key in state if ".position_bias." in key and ".position_bias.mlp." not in key), None):
+        raise ValueError(f"{library} knows model.position_bias=log_cpb alone, and the encoder has {other}")
     complaint = f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
     return _rename(state, list(names.items()), complaint)
 
@@ -451,8 +485,8 @@ def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def _by(size: Iterable[int]) -> str:
-    return "x".join(map(str, size))
+def _by(size: int | Iterable[int]) -> str:
+    return f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size))
 
 
 def _first_line(error: Exception) -> str:

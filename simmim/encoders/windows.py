@@ -88,7 +88,7 @@ class Geometry(NamedTuple):
     window: tuple[int, int]
     """Height and width of a window in tokens."""
     offsets: Tensor
-    """Between two tokens of a window: see `simmim.encoders.position_bias.log_spaced_offsets`."""
+    """Between two tokens of a window: see `simmim.encoders.position_bias.OFFSETS`."""
     regions: Tensor | None
     """Which tokens see one another: see `regions`."""
 

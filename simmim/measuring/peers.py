@@ -156,6 +156,8 @@ PEERS: dict[str, Callable[[MaskedImageModel, tuple[int, int]], nn.Module]] = {
 def _geometry(encoder: SwinTransformerV2) -> dict[str, Any]:
     if encoder.config["extra_norm_every"]:
         raise ValueError("peers have no extra norms: model=swinv2_h and swinv2_g are ours alone, give peers=[]")
+    if (bias := encoder.config["position_bias"]) != "log_cpb":
+        raise ValueError(f"peers know model.position_bias=log_cpb alone, not {bias}: give peers=[]")
     return encoder.config
 
 

@@ -228,9 +228,11 @@ def test_features_at_some_places_are_those_of_the_whole(drop_path: float) -> Non
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which PyTorch compiles with on a CPU")
-def test_compiled_blocks_change_no_number() -> None:
+@pytest.mark.parametrize("bias", ["log_cpb", "linear_cpb", "table"])
+def test_compiled_blocks_change_no_number(bias: str) -> None:
     """Names stay, too: a checkpoint of a compiled model loads into another one."""
-    encoder, compiled = (small_encoder(4, 8, depths=(2, 1), num_heads=(3, 3), embed_dim=12) for _ in range(2))
+    size: dict[str, Any] = {"depths": (2, 1), "num_heads": (3, 3), "embed_dim": 12, "position_bias": bias}
+    encoder, compiled = (small_encoder(4, 8, **size) for _ in range(2))
     randomize(encoder)
     compiled.load_state_dict(encoder.state_dict())
     compiled.compile_blocks()
@@ -339,9 +341,7 @@ def test_windows_shrink_to_the_map() -> None:
 
 
 def test_log_spaced_offsets_extrapolate_less() -> None:
-    """From a window of 8 to 16 tokens (article's check): 1.14 times linearly, 0.33 times in log space."""
-    linear = [7, 15]
-    assert linear[1] / linear[0] - 1 == pytest.approx(1.14, abs=0.01)
+    """From a window of 8 to 16 tokens 0.33 times in log space (article's check)."""
     unscaled = (9, 9)  # a trained window of 9 scales offsets by 8 / (9 - 1): equation 4 as it stands
     reach = [float(log_spaced_offsets((size, size), unscaled, CPU).max()) for size in (8, 16)]
     assert reach == pytest.approx([1.0, 4 / 3])  # log2(8) / log2(8), log2(16) / log2(8)
@@ -463,7 +463,7 @@ def test_window_at_the_border_of_a_padded_map() -> None:
 
 def test_trains_after_inference_mode() -> None:
     """What the first forward caches must serve both: a validation run may come before the first step."""
-    for cached in (windows.places, windows.regions, windows._exchange, position_bias.log_spaced_offsets):
+    for cached in (windows.places, windows.regions, windows._exchange, *position_bias.OFFSETS.values()):
         cached.cache_clear()
     encoder = small_encoder(5)
     with torch.inference_mode():

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simmim.encoders import SwinTransformerV2, create_encoder, weights
+from simmim.encoders.position_bias import move_table
 from simmim.encoders.weights import (
     from_timm,
     from_transformers,
@@ -21,6 +22,7 @@ from simmim.encoders.weights import (
     save_encoder,
     to_timm,
     to_transformers,
+    trained_windows,
 )
 
 MODEL: dict[str, Any] = {
@@ -58,7 +60,15 @@ def save_checkpoint(path: Path, encoder: SwinTransformerV2, **changes: Any) -> N
     torch.save({"state_dict": state, "hyper_parameters": hyper_parameters, "epoch": 3} | changes, path)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"extra_norm_every": 1, "pretrained_window_size": [4, 3]}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"extra_norm_every": 1, "pretrained_window_size": [4, 3]},
+        {"position_bias": "linear_cpb"},
+        {"position_bias": "table"},
+    ],
+)
 def test_a_file_rebuilds_its_encoder(overrides: dict[str, Any], tmp_path: Path) -> None:
     encoder = encoder_of(**overrides)
     save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=SIZE)
@@ -160,6 +170,107 @@ def test_other_windows_need_the_trained_ones(tmp_path: Path) -> None:
     ):
         load_encoder_weights(other, path, image_size=SIZE)
     assert_equal(other.state_dict(), before)
+
+
+def test_sides_of_windows_that_differ_are_kept_apart(tmp_path: Path) -> None:
+    """The last map, of 3 x 6 tokens, is smaller than the window: so is what its offsets are counted in."""
+    path = tmp_path / "encoder.safetensors"
+    encoder = encoder_of(window_size=6)
+    size = (encoder.stride * 3, encoder.stride * 6)
+    save_encoder(encoder, path, image_size=size)
+    windows = trained_windows(read_encoder_weights(path)[1])
+    assert windows == [6, [3, 6]]
+    larger = encoder_of(1, window_size=12, pretrained_window_size=windows)
+    load_encoder_weights(larger, path, image_size=(encoder.stride * 6, encoder.stride * 12))
+    images = torch.randn(1, larger.config["in_channels"], *size)
+    narrow = encoder_of(2, window_size=6, pretrained_window_size=windows)
+    load_encoder_weights(narrow, path, image_size=size)
+    assert torch.equal(narrow.eval()(images), encoder.eval()(images))
+
+
+def save_without_position_bias(path: Path, encoder: SwinTransformerV2) -> None:
+    """As before there was a choice."""
+    save_encoder(encoder, path, image_size=SIZE)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    config = json.loads(metadata["config"])
+    assert config.pop("position_bias") == "log_cpb"
+    save_file(encoder.state_dict(), path, metadata | {"config": json.dumps(config)})
+
+
+def test_files_from_before_there_was_a_choice_still_load(tmp_path: Path) -> None:
+    """Checkpoints too: those that this module saves do not name the position bias."""
+    assert "position_bias" not in MODEL
+    save_without_position_bias(tmp_path / "old.safetensors", encoder_of())
+    save_checkpoint(tmp_path / "old.ckpt", encoder_of())
+    for path in (tmp_path / "old.safetensors", tmp_path / "old.ckpt"):
+        loaded = load_encoder(path)
+        assert loaded.config["position_bias"] == "log_cpb"
+        assert_equal(loaded.state_dict(), encoder_of().state_dict())
+        other = encoder_of(1)
+        load_encoder_weights(other, path, image_size=SIZE)
+        assert_equal(other.state_dict(), encoder_of().state_dict())
+        with pytest.raises(
+            ValueError, match=r"trained with model\.position_bias=log_cpb, and the model has linear_cpb"
+        ):
+            load_encoder_weights(encoder_of(position_bias="linear_cpb"), path, image_size=SIZE)
+
+
+@pytest.mark.parametrize("theirs", ["log_cpb", "linear_cpb", "table"])
+@pytest.mark.parametrize("ours", ["log_cpb", "linear_cpb", "table"])
+def test_another_position_bias_is_refused(theirs: str, ours: str, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(position_bias=theirs), path, image_size=SIZE)
+    model = encoder_of(1, position_bias=ours)
+    if theirs == ours:
+        load_encoder_weights(model, path, image_size=SIZE)
+        return
+    with pytest.raises(ValueError, match=f"give model.position_bias={theirs}$") as caught:
+        load_encoder_weights(model, path, image_size=SIZE)
+    assert str(caught.value).startswith(f"encoder={path} was trained with model.position_bias={theirs}, and the model")
+    assert_equal(model.state_dict(), encoder_of(1, position_bias=ours).state_dict())
+    with pytest.raises(RuntimeError, match="position_bias"):
+        model.load_state_dict(encoder_of(position_bias=theirs).state_dict())  # nor by another way
+
+
+def test_tables_move_to_the_windows_of_the_model(tmp_path: Path) -> None:
+    """From 24 x 48 px, where a window of 8 shrinks to 6 x 8 tokens in the last stage, to 36 x 48 px and 9 x 12."""
+    path = tmp_path / "encoder.safetensors"
+    before = encoder_of(position_bias="table", window_size=8)
+    save_encoder(before, path, image_size=SIZE)
+    after = encoder_of(1, position_bias="table", window_size=12)
+    report = load_encoder_weights(after, path, image_size=(36, 48))
+    assert report.endswith("trained at 24x48 px with windows of 8x8, 6x8 tokens.")
+    source, moved = before.state_dict(), after.state_dict()
+    for key, value in source.items():
+        if not key.endswith("table"):
+            assert torch.equal(moved[key], value)
+            continue
+        trained, window = {"0": ((8, 8), (12, 12)), "1": ((6, 8), (9, 12))}[key.split(".")[1]]
+        assert torch.equal(moved[key], move_table(value, trained, window, window_size=12))
+        assert not torch.equal(moved[key], encoder_of(1, position_bias="table", window_size=12).state_dict()[key])
+    save_encoder(after, path, image_size=(36, 48))  # a stage later it is what was trained
+    assert_equal(load_encoder(path).state_dict(), moved)
+
+
+def test_tables_of_the_same_windows_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(position_bias="table", window_size=12), path, image_size=SIZE)
+    same = encoder_of(1, position_bias="table", window_size=12)
+    load_encoder_weights(same, path, image_size=SIZE)
+    assert_equal(same.state_dict(), encoder_of(position_bias="table", window_size=12).state_dict())
+
+
+def test_tables_of_another_size_of_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(encoder_of(position_bias="table"), path, image_size=SIZE)
+    for other in (
+        {"num_heads": [4, 8]},
+        {"depths": [2], "num_heads": [2]},
+        {"depths": [2, 2, 2], "num_heads": [2] * 3},
+    ):
+        with pytest.raises(ValueError, match=r"does not fit the model: it holds .*num_heads=\[2, 4\]"):
+            load_encoder_weights(encoder_of(position_bias="table", window_size=3, **other), path, image_size=SIZE)
 
 
 def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
@@ -309,3 +420,12 @@ def test_extra_norms_have_no_place_elsewhere(
 ) -> None:
     with pytest.raises(ValueError, match=r"lacks the extra norms of H and G: stages\.0\.1\.extra_norm\.weight"):
         rename(encoder_of(extra_norm_every=2).state_dict())
+
+
+@pytest.mark.parametrize("bias", ["linear_cpb", "table"])
+@pytest.mark.parametrize("rename", [to_timm, to_transformers])
+def test_other_position_biases_have_no_place_elsewhere(
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]], bias: str
+) -> None:
+    with pytest.raises(ValueError, match=r"knows model\.position_bias=log_cpb alone, and the encoder has stages\.0\.0"):
+        rename(encoder_of(position_bias=bias).state_dict())

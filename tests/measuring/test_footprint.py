@@ -61,6 +61,14 @@ def saved_bytes(work):
     return total
 
 
+@pytest.mark.parametrize("bias", ["linear_cpb", "table"])
+def test_every_position_bias_is_counted(bias):
+    work = WORK.changed(model={**MODEL, "position_bias": bias, "window_size": 32})  # wider than the last map
+    footprint = count_step(step_of(work))
+    assert sum(footprint.activations.values()) == pytest.approx(saved_bytes(work), rel=0.03)
+    assert sorted(footprint.arrivals) == sorted(footprint.parameters)
+
+
 @pytest.mark.parametrize(
     ("attention", "bf16"), [("reference", False), ("sdpa", False), ("sequential", False), ("sequential", True)]
 )

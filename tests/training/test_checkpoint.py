@@ -3,7 +3,7 @@ import torch
 
 from simmim.checkpoint_files import save_file
 from simmim.run_folder import list_checkpoints
-from simmim.training.checkpoint import find_checkpoint
+from simmim.training.checkpoint import find_checkpoint, refuse_changed_settings
 
 
 def make_run(folder, *steps):
@@ -44,3 +44,11 @@ def test_a_run_is_never_overwritten(tmp_path):
 def test_a_place_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist: give a run folder"):
         find_checkpoint(str(tmp_path / "nothing"), tmp_path)
+
+
+def test_a_checkpoint_older_than_the_position_biases_goes_on_with_its_own(tmp_path):
+    path, model = tmp_path / "step_1.ckpt", {"window_size": 4}
+    save_file({"hyper_parameters": {"model": model, "seed": 0}}, path)
+    refuse_changed_settings(path, {"model": {**model, "position_bias": "log_cpb"}, "seed": 0})
+    with pytest.raises(ValueError, match=r"trained with model\.position_bias=log_cpb, now table: keep it"):
+        refuse_changed_settings(path, {"model": {**model, "position_bias": "table"}, "seed": 0})

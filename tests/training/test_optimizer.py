@@ -18,13 +18,17 @@ DECAYED = re.compile(
 
 
 @pytest.fixture
-def network():
-    encoder = create_encoder("swinv2", embed_dim=32, depths=[2, 2], num_heads=[1, 2], extra_norm_every=2, window_size=4)
+def network(request):
+    encoder = create_encoder(
+        "swinv2", embed_dim=32, depths=[2, 2], num_heads=[1, 2], extra_norm_every=2, window_size=4,
+        position_bias=getattr(request, "param", "log_cpb"),
+    )  # fmt: skip
     return MaskedImageModel(
         encoder, head="linear", loss="l1", predict="hidden", target="raw", target_window=47, target_downsampling=1
     )
 
 
+@pytest.mark.parametrize("network", ["log_cpb", "linear_cpb", "table"], indirect=True)
 def test_exactly_the_matrices_decay(network):
     optimizer = create_optimizer(network, lr=1.0, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.05, layer_decay=1)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
