@@ -64,8 +64,14 @@ def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
     """The composed config of a command as dicts, lists, strings and numbers, each of its kind.
 
     Raises:
-        ValueError: If a value is missing, or is not what `simmim.settings` says of it.
+        ValueError: If a value is missing, or is not what `simmim.settings` says of it; if there are several roots.
     """
+    for key in ("data.root", "data.val_root"):
+        if len({word for word in overrides if word.startswith(f"{key}=")}) > 1:
+            raise ValueError(
+                f"{key} is given more than once, as a shell makes it of {{…}}: a pattern needs quotes inside quotes, "
+                f"\"{key}='train-{{000..004}}.tar'\""
+            )
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"{' and '.join(missing)} must be given: {missing[0]}=…")
     if empty := [key for key in _keys(config) if OmegaConf.select(config, key) == ""]:
@@ -176,8 +182,8 @@ def explain(error: Exception, name: str) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override}: this is no key=value that Hydra can read: spaces, commas and parentheses need quotes "
-            """inside quotes, "data.root='my photos (1)'", and ~ is not expanded: write $HOME"""
+            f"{error.override}: this is no key=value that Hydra can read: spaces, commas, braces and parentheses need "
+            """quotes inside quotes, "data.root='my photos (1)'", and ~ is not expanded: write $HOME"""
         )
     if unknown := re.match(r"(?s).*Could not find '(.+)/(.+?)'", text):
         group, choice = unknown.groups()

@@ -122,6 +122,7 @@ SOURCES: dict[str, Section] = {
     "synthetic": {"train_images": count(), "val_images": count(2**20)},
     "folder": FILES,
     "shards": FILES,
+    "webdataset": FILES,
 }
 BATCHES: Section = {
     "source": WORD,

@@ -41,6 +41,7 @@ def test_every_choice_of_every_group_composes(group, choice):
     needed = {
         "folder": ["data.root=photos"],
         "shards": ["data.root=copy"],
+        "webdataset": ["data.root='train-{000..004}.tar'"],
         "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
     }
     root = ["data.root=photos"] if group == "experiment" and choice != "debug" else []

@@ -20,6 +20,7 @@ from simmim.data.sampler import SampleKey, SampleStream
 from simmim.data.shards import ShardSource
 from simmim.data.synthetic import SyntheticSource
 from simmim.data.transforms import Transform
+from simmim.data.webdataset import WebDatasetSource
 from simmim.masking import Masking
 from simmim.seeding import generator_from, torch_random_from
 
@@ -29,11 +30,20 @@ MAX_REPLACEMENTS = 100
 FILLER = -1
 """The epoch of a validation sample that does not count."""
 
+FILE_SOURCES: dict[str, type[FolderSource | ShardSource | WebDatasetSource]] = {
+    "folder": FolderSource,
+    "shards": ShardSource,
+    "webdataset": WebDatasetSource,
+}
+
 log = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
-    """Where images come from. Adding a source is a file with this, a line in `create_sources` and a config."""
+    """Where images come from. Adding a source is a file with this, a line in `create_sources` and a config.
+
+    Where it reads files, the line is one of `FILE_SOURCES`.
+    """
 
     classes: list[str]
     """Names of the labels; empty where there are none."""
@@ -69,7 +79,7 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
     if source == "synthetic":
         train = SyntheticSource(config["train_images"], image_size, channels=channels, seed=0)
         return train, SyntheticSource(config["val_images"], image_size, channels=channels, seed=1)
-    if source in ("folder", "shards"):
+    if source in FILE_SOURCES:
         train_files, val_files = _file_sources(config)
         if isinstance(train_files, ShardSource) and train_files.short_side < min(image_size):
             log.warning(
@@ -80,13 +90,18 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
             return train_files, val_files
         if config["cache"] == "ram":
             key = "data.root" if config["val_root"] is None else "data.val_root"
-            return InMemory(train_files), InMemory(val_files, key=key)
+            return _kept(train_files), _kept(val_files, key=key)
         raise ValueError(f"data.cache={config['cache']} is unknown: choose none or ram")
-    raise ValueError(f"data.source={source} is unknown: choose synthetic, folder or shards")
+    raise ValueError(f"data.source={source} is unknown: choose synthetic, folder, shards or webdataset")
+
+
+def _kept(files: FileSource, *, key: str = "data.root") -> ImageSource:
+    """A copy in memory, unless the files are there already."""
+    return files if isinstance(files, WebDatasetSource) and files.in_memory else InMemory(files, key=key)
 
 
 def _file_sources(config: dict[str, Any]) -> tuple[FileSource, FileSource]:
-    open_source = FolderSource if config["source"] == "folder" else ShardSource
+    open_source = FILE_SOURCES[config["source"]]
     images = open_source(config["root"], channels=config["channels"])
     if config["val_root"] is not None:
         return images, open_source(config["val_root"], channels=config["channels"], key="data.val_root")
