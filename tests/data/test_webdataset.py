@@ -90,7 +90,7 @@ def test_images_and_labels_are_those_of_the_archive(tmp_path, ending):
 
 def test_only_images_of_their_own_count(tmp_path, ending):
     """WebDataset splits a name at its first dot: KEY.mask.png is another part of the sample."""
-    others = ["2.mask.png", "._2.jpg", ".hidden.png", "2.txt", "__meta__", "d/._2.jpg"]
+    others = ["2.mask.png", "._2.jpg", ".jpg", "2.txt", "__meta__", "d/._2.jpg"]
     pack(tmp_path / f"a{ending}", [("2.jpg", picture(2)), *[(name, picture(9)) for name in others]])
     source = WebDatasetSource(tmp_path)
     assert names(source) == [f"a{ending}:2.jpg"]
@@ -259,6 +259,27 @@ def test_a_damaged_gz_is_one_line_wherever_the_damage_is(tmp_path):
         refusal(tmp_path)
         path.write_bytes(whole[:at])
         assert "cannot be read to its end" in refusal(tmp_path)
+
+
+def test_damage_far_from_a_header_is_one_line(tmp_path):
+    noise = np.random.default_rng(0).bytes(2**20)
+    path = pack(tmp_path / "a.tar.gz", [("1.jpg", bytes(2**22) + noise)])
+    whole = path.read_bytes()
+    for at in range(len(whole) - 2**20, len(whole), 2**17):
+        path.write_bytes(whole[:at] + b"\xff" * 2000 + whole[at + 2000 :])
+        assert f"data.root: {path} cannot be read to its end (" in refusal(tmp_path)
+
+
+def test_sparse_files_and_sizes_below_zero_are_refused(tmp_path):
+    """The one lies in pieces; the other leads back to its own header, for ever."""
+    pack(tmp_path / "a.tar", labelled([1]), [("2.jpg", tarfile.GNUTYPE_SPARSE)])
+    assert "2.jpg is stored as a sparse file" in refusal(tmp_path)
+    member = tarfile.TarInfo("2.jpg")
+    member.size = -512
+    whole = pack(tmp_path / "a.tar", labelled([1])).read_bytes().rstrip(b"\0")
+    padded = whole + bytes(-len(whole) % 512)
+    (tmp_path / "a.tar").write_bytes(padded + member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "damaged header" in refusal(tmp_path)
 
 
 def test_random_damage_raises_nothing_else(tmp_path):
