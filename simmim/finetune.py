@@ -14,7 +14,7 @@ from simmim.command import Config, accumulation, command, image_size_of, on_gpu,
 from simmim.data.labels import check_labels, match_labels, take_fraction
 from simmim.data.module import ImageData, create_sources
 from simmim.data.transforms import centre_transform, finetuning_transform, per_channel
-from simmim.encoders.weights import load_encoder_weights, load_head, read_encoder_weights, save_encoder, trained_windows
+from simmim.encoders.weights import read_encoder_weights, save_encoder
 from simmim.run import (
     Length,
     describe_training,
@@ -26,18 +26,13 @@ from simmim.run import (
     training_settings,
 )
 from simmim.run_folder import ENCODER, shown
+from simmim.stages import fill_in, load_classifier
 from simmim.tasks.classification import Classification
 from simmim.training.callbacks import ClassReport
 from simmim.training.checkpoint import find_checkpoint, refuse_changed_settings
 from simmim.training.sharding import gather
 
 log = logging.getLogger(__name__)
-
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-"""Pixel statistics where neither config nor encoder says any."""
-
-IMAGE_SIZE = 192
-"""Pixels, likewise."""
 
 LESS_MEMORY = (
     "half of data.batch_size (give data.global_batch_size, and each step keeps its images), "
@@ -71,11 +66,11 @@ def _run(config: Config) -> dict[str, Any]:
     if checkpoint is not None:
         refuse_changed_settings(checkpoint, dict(task.hparams))
     elif known is not None:
-        load(task, config, known)
+        for said in load_classifier(task, Path(config["encoder"]), known, image_size=image_size_of(config)):
+            log.info(said)
     if length.total_steps == 0 and (known is None or known["classes"] != task.classes):
         raise ValueError("trainer.max_epochs=0 evaluates alone: give an encoder=… with a classifier of these classes")
-    report = ClassReport(output_dir)
-    trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=[report])
+    trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=[ClassReport(output_dir)])
     encoder, weights, head = task.best.encoder, gather(task.best.encoder), gather(task.best.head)
     if trainer.is_global_zero:
         size = image_size_of(config)
@@ -87,41 +82,6 @@ def _run(config: Config) -> dict[str, Any]:
     log.info(f"classes    {folder}/classes.csv" + (f", {folder}/confusion.png" if task.confusion is not None else ""))
     log.info(f"done: {folder}; next: python -m simmim.finetune stage=transfer_384 encoder={folder}")
     return {"step": trainer.global_step, **metrics}
-
-
-def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
-    """The config with everything that it leaves to the encoder.
-
-    Args:
-        config: The composed `conf/finetune.yaml`, null where the encoder decides.
-        known: Metadata of the encoder (see `read_encoder_weights`), or None from scratch.
-
-    Raises:
-        ValueError: If there is no encoder, and the config does not say what to build.
-    """
-    model, data = dict(config["model"]), dict(config["data"])
-    if known is None:
-        if model["name"] is None:
-            raise ValueError(
-                "encoder=null trains from scratch, and then model=… says what: model=swinv2_t; or give encoder=<run "
-                "folder, *.ckpt or *.safetensors>"
-            )
-        known = {"config": {"in_channels": 3}, "image_size": None, "windows": None, "mean": None, "std": None}
-    else:
-        model["name"] = model["name"] or "swinv2"
-        if model["pretrained_window_size"] is None:
-            model["pretrained_window_size"] = trained_windows(known)
-    for key in model:
-        if model[key] is None:
-            model[key] = known["config"].get(key)
-    if data["channels"] is None:
-        data["channels"] = known["config"]["in_channels"]
-    if data["image_size"] is None:
-        data["image_size"] = known["image_size"] or IMAGE_SIZE
-    for key, usual in IMAGENET.items():
-        if data[key] is None:
-            data[key] = known[key] or usual
-    return {**config, "model": model, "data": data}
 
 
 def build(config: Config) -> tuple[Classification, ImageData, Length]:
@@ -165,16 +125,6 @@ def build(config: Config) -> tuple[Classification, ImageData, Length]:
         task.network.encoder.compile_blocks()
     _describe(config, task, data, length)
     return task, data, length
-
-
-def load(task: Classification, config: Config, known: dict[str, Any]) -> None:
-    """Loads the encoder, and the classifier where it is of the same classes; says in the log what became of each."""
-    path, image_size = Path(config["encoder"]), image_size_of(config)
-    for network in filter(None, (task.average, task.network)):
-        report = load_encoder_weights(network.encoder, path, image_size=image_size)
-        head_report = load_head(network.head, known, task.classes)
-    log.info(report)
-    log.info(head_report)
 
 
 def _describe(config: Config, task: Classification, data: ImageData, length: Length) -> None:

@@ -218,6 +218,15 @@ PRETRAIN: Section = {
 }
 
 OPTIONAL_MODEL: Section = {key: kind | NULL for key, kind in MODEL.items() if isinstance(kind, Kind)}
+INHERITED: Section = {
+    "channels": count(1000) | NULL,
+    "image_size": IMAGE_SIZE | NULL,
+    "mean": MEAN | NULL,
+    "std": STD | NULL,
+    "interpolation": WORD,
+    "test_crop": number(0, 1, above=True),
+}
+
 FINETUNE: Section = {
     **TRAINING,
     "data": section_of(
@@ -226,15 +235,8 @@ FINETUNE: Section = {
         BATCHES,
         STATISTICS,
         LOADING,
-        {
-            "channels": count(1000) | NULL,
-            "image_size": IMAGE_SIZE | NULL,
-            "mean": MEAN | NULL,
-            "std": STD | NULL,
-            "interpolation": WORD,
-            "test_crop": number(0, 1, above=True),
-            "label_fraction": number(0, 1, above=True),
-        },
+        INHERITED,
+        {"label_fraction": number(0, 1, above=True)},
     ),
     "model": OPTIONAL_MODEL,
     "augmentation": {
@@ -247,6 +249,21 @@ FINETUNE: Section = {
     },
     "label_smoothing": SHARE,
     "trainer": section_of(STRATEGIES, "strategy", DEVICES, COMPUTING, LENGTH, {"max_epochs": number(0, EPOCHS)}),
+}
+
+EVALUATE: Section = {
+    **RUN,
+    "seed": SEED,
+    "encoder": TEXT,
+    "data": section_of(
+        SOURCES,
+        "source",
+        {"source": WORD, "batch_size": count(), "num_workers": WORKERS | NULL, "timeout": POSITIVE},
+        STATISTICS,
+        INHERITED,
+    ),
+    "model": OPTIONAL_MODEL,
+    "trainer": section_of(STRATEGIES, "strategy", DEVICES),
 }
 
 PLAN: Section = {
@@ -298,6 +315,7 @@ CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
+    "evaluate": EVALUATE,
     "finetune": FINETUNE,
     "plan": PLAN,
     "pretrain": PRETRAIN,

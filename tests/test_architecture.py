@@ -14,9 +14,8 @@ MODULES = {
     ".".join(("simmim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-COMMANDS = {
-    f"simmim.{name}" for name in ("benchmark", "consolidate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
-}
+NAMES = ("benchmark", "consolidate", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
+COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [
     {"simmim.seeding", "simmim.masking", "simmim.run_folder", "simmim.targets"},
     {"simmim.checkpoint_files"},
@@ -26,7 +25,7 @@ LEVELS = [
     {"simmim.measuring", "simmim.settings"},
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice
-    {"simmim.run"},
+    {"simmim.run", "simmim.stages"},
     COMMANDS - {"simmim.plan"},
 ]
 HYDRA = {"hydra", "omegaconf"}

@@ -75,39 +75,48 @@ def create_sources(config: dict[str, Any], image_size: tuple[int, int]) -> tuple
     Raises:
         ValueError: If a value is out of range or a folder holds no image.
     """
-    source, channels = config["source"], config["channels"]
-    if source == "synthetic":
-        train = SyntheticSource(config["train_images"], image_size, channels=channels, seed=0)
-        return train, SyntheticSource(config["val_images"], image_size, channels=channels, seed=1)
-    if source in FILE_SOURCES:
-        train_files, val_files = _file_sources(config)
-        if isinstance(train_files, ShardSource) and train_files.short_side < min(image_size):
-            log.warning(
-                f"data.image_size: {min(image_size)} px out of a copy whose images have {train_files.short_side} px at "
-                "most on their short side: prepare one with a larger short_side"
-            )
-        if config["cache"] == "none":
-            return train_files, val_files
-        if config["cache"] == "ram":
-            key = "data.root" if config["val_root"] is None else "data.val_root"
-            return _kept(train_files), _kept(val_files, key=key)
-        raise ValueError(f"data.cache={config['cache']} is unknown: choose none or ram")
-    raise ValueError(f"data.source={source} is unknown: choose synthetic, folder, shards or webdataset")
-
-
-def _kept(files: FileSource, *, key: str = "data.root") -> ImageSource:
-    """A copy in memory, unless the files are there already."""
-    return files if isinstance(files, WebDatasetSource) and files.in_memory else InMemory(files, key=key)
-
-
-def _file_sources(config: dict[str, Any]) -> tuple[FileSource, FileSource]:
-    open_source = FILE_SOURCES[config["source"]]
-    images = open_source(config["root"], channels=config["channels"])
+    if config["source"] == "synthetic":
+        return _synthetic(config, image_size, "train"), _synthetic(config, image_size, "val")
+    images = _open_files(config, image_size)
     if config["val_root"] is not None:
-        return images, open_source(config["val_root"], channels=config["channels"], key="data.val_root")
-    if len(images) < 2:
+        aside, key = _open_files(config, image_size, "val_root"), "data.val_root"
+    elif len(images) < 2:
         raise ValueError(f"data.root={config['root']} holds one image only: give more, or data.val_root")
-    return split_by_hash(images, config["val_fraction"])
+    else:
+        (images, aside), key = split_by_hash(images, config["val_fraction"]), "data.root"
+    return _cached(images, config), _cached(aside, config, key=key)
+
+
+def create_source(config: dict[str, Any], image_size: tuple[int, int]) -> ImageSource:
+    """All images of `data.root`; of synthetic ones those to validate on. Arguments and errors as `create_sources`."""
+    if config["source"] == "synthetic":
+        return _synthetic(config, image_size, "val")
+    return _cached(_open_files(config, image_size), config)
+
+
+def _synthetic(config: dict[str, Any], image_size: tuple[int, int], part: str) -> SyntheticSource:
+    seed = {"train": 0, "val": 1}[part]
+    return SyntheticSource(config[f"{part}_images"], image_size, channels=config["channels"], seed=seed)
+
+
+def _open_files(config: dict[str, Any], image_size: tuple[int, int], root: str = "root") -> FileSource:
+    if config["source"] not in FILE_SOURCES:
+        raise ValueError(f"data.source={config['source']} is unknown: choose synthetic, {', '.join(FILE_SOURCES)}")
+    files = FILE_SOURCES[config["source"]](config[root], channels=config["channels"], key=f"data.{root}")
+    if isinstance(files, ShardSource) and files.short_side < min(image_size):
+        log.warning(
+            f"data.image_size: {min(image_size)} px out of a copy whose images have {files.short_side} px at most on "
+            "their short side: prepare one with a larger short_side"
+        )
+    return files
+
+
+def _cached(files: FileSource, config: dict[str, Any], *, key: str = "data.root") -> ImageSource:
+    """What `data.cache` says: the files where they lie, or a copy in memory, unless they are there already."""
+    if config["cache"] not in ("none", "ram"):
+        raise ValueError(f"data.cache={config['cache']} is unknown: choose none or ram")
+    held = isinstance(files, WebDatasetSource) and files.in_memory
+    return files if config["cache"] == "none" or held else InMemory(files, key=key)
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,12 @@ class Task(LightningModule):
         self,
         create: Callable[[], nn.Module],
         *,
-        optimizer: dict[str, Any],
-        schedule: dict[str, Any],
         mean: list[float],
         std: list[float],
-        ema_decay: float | None,
         seed: int,
+        optimizer: dict[str, Any],
+        schedule: dict[str, Any],
+        ema_decay: float | None,
     ) -> None:
         super().__init__()
         with torch.device("meta"):

@@ -1,0 +1,71 @@
+"""What a stage of training takes over from the one before it: architecture, windows, pixel statistics, weights."""
+
+from pathlib import Path
+from typing import Any
+
+from simmim.command import Config
+from simmim.encoders.weights import load_encoder_weights, load_head, trained_windows
+from simmim.tasks.classification import Classification
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+"""Pixel statistics where neither config nor encoder says any."""
+
+IMAGE_SIZE = 192
+"""Pixels, likewise."""
+
+
+def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
+    """The config with everything that it leaves to the encoder.
+
+    Args:
+        config: The composed `conf/finetune.yaml`, null where the encoder decides.
+        known: Metadata of the encoder (see `read_encoder_weights`), or None from scratch.
+
+    Raises:
+        ValueError: If there is no encoder, and the config does not say what to build.
+    """
+    model, data = dict(config["model"]), dict(config["data"])
+    if known is None:
+        if model["name"] is None:
+            raise ValueError(
+                "encoder=null trains from scratch, and then model=… says what: model=swinv2_t; or give encoder=<run "
+                "folder, *.ckpt or *.safetensors>"
+            )
+        known = {"config": {"in_channels": 3}, "image_size": None, "windows": None, "mean": None, "std": None}
+    else:
+        model["name"] = model["name"] or "swinv2"
+        if model["pretrained_window_size"] is None:
+            model["pretrained_window_size"] = trained_windows(known)
+    for key in model:
+        if model[key] is None:
+            model[key] = known["config"].get(key)
+    if data["channels"] is None:
+        data["channels"] = known["config"]["in_channels"]
+    if data["image_size"] is None:
+        data["image_size"] = known["image_size"] or IMAGE_SIZE
+    for key, usual in IMAGENET.items():
+        if data[key] is None:
+            data[key] = known[key] or usual
+    return {**config, "model": model, "data": data}
+
+
+def load_classifier(
+    task: Classification, path: Path, known: dict[str, Any], *, image_size: tuple[int, int]
+) -> tuple[str, str]:
+    """Loads the encoder, and the classifier where it is of the same classes.
+
+    Args:
+        task: What to load into.
+        path: The encoder's file, or its run folder.
+        known: Its metadata.
+        image_size: Height and width in pixels that the task is going to see.
+
+    Returns:
+        What became of each, in words.
+    """
+    for network in filter(None, (task.average, task.network)):
+        reports = (
+            load_encoder_weights(network.encoder, path, image_size=image_size),
+            load_head(network.head, known, task.classes),
+        )
+    return reports
