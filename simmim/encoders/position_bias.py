@@ -1,9 +1,9 @@
 """The position biases that Swin Transformer V2 compares (arXiv 2111.09883, section 3.3, equations 4 and 5).
 
 A bias is added to the logits of each head by the offset between two tokens. A continuous one is a small network of
-the offset, in log space ("log_cpb": what V2 uses) or as it is ("linear_cpb"): it moves to another
-window as it stands. A table ("table", of Swin Transformer, arXiv 2103.14030, section 3.2) learns a number an offset,
-and must be resized. Shape letters: h, w window in tokens; T = h * w; n heads.
+the offset, in log space ("log_cpb": what V2 uses) or as it is ("linear_cpb"): it moves to another window as it
+stands. A table ("table", of Swin Transformer, arXiv 2103.14030, section 3.2) learns a number an offset, and must be
+resized. Shape letters: h, w window in tokens; T = h * w; n heads.
 """
 
 import math
@@ -18,7 +18,6 @@ from simmim.encoders.windows import kept
 
 HIDDEN_WIDTH = 512
 """Width of the hidden layer of the bias network, in all released models."""
-
 
 Window = tuple[int, int]
 
@@ -44,8 +43,8 @@ def log_spaced_offsets(window: Window, trained_window: Window, device: torch.dev
 def linear_spaced_offsets(window: Window, trained_window: Window, device: torch.device) -> Tensor:
     """The same without a logarithm.
 
-    The largest offset of the trained window maps to 1. The paper gives no scale; without the 8, whose use is to shape
-    the logarithm, the network is trained over the same range as in log space, where that offset maps to 1.06.
+    The largest offset of the trained window maps to 1, without the 8 that shapes the logarithm: so the network is
+    trained over about the same range as in log space, where that offset maps to 1.06.
     """
     return _offsets(window, trained_window).to(device)
 

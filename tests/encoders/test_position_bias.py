@@ -159,9 +159,18 @@ def test_a_bias_in_bfloat16_is_computed_in_fp32(name: str) -> None:
     expected = bias(offsets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(bias(offsets), expected)
-    gathered = bias.to(torch.bfloat16)(offsets)
-    assert gathered.dtype == torch.float32 and gathered.is_contiguous()
+    assert expected.is_contiguous()
+    assert bias.to(torch.bfloat16)(offsets).dtype == torch.float32
     assert bias.double()(offsets.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("name", "changes"), [("log_cpb", True), ("linear_cpb", True), ("table", False)])
+def test_the_trained_window_is_a_matter_of_continuous_biases(name: str, changes: bool) -> None:
+    features, others, same = (
+        encoder_of(position_bias=name, pretrained_window_size=pretrained)(images_of()) for pretrained in (None, 4, 6)
+    )
+    assert torch.equal(features, same)  # windows of 6 as they are
+    assert torch.equal(features, others) is not changes
 
 
 @pytest.mark.parametrize("pretrained", [None, (4, 3)])

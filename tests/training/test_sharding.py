@@ -81,6 +81,7 @@ def alone(tmp_path_factory):
         folder / "averaged", *EXACT, "optimizer.ema_decay=0.9", "trainer.accumulate_grad_batches=2", "data.batch_size=4"
     )
     one(folder / "layered", *EXACT, "optimizer.layer_decay=0.7")
+    one(folder / "table", *EXACT, "model.position_bias=table")
     one(folder / "bf16", *EXACT, "trainer.precision=bf16-mixed")
     return folder
 
@@ -95,6 +96,7 @@ def together(tmp_path_factory, alone):
         "averaged": [*SHARDED, *EXACT, *half, "optimizer.ema_decay=0.9"],
         "gathered": [*SHARDED, *EXACT, "trainer.reshard_after_forward=false", "trainer.activation_checkpointing=[1,3]"],
         "layered": [*SHARDED, *EXACT, "optimizer.layer_decay=0.7"],
+        "table": [*SHARDED, *EXACT, "model.position_bias=table"],
         "compiled": [*SHARDED, *EXACT, "trainer.compile=true", "trainer.activation_checkpointing=all"],
         "bf16": [*SHARDED, *EXACT, "trainer.precision=bf16-mixed"],
         "ddp": ["trainer=ddp", *TWO, *EXACT, *half],
@@ -121,6 +123,17 @@ def test_two_processes_train_as_one(alone, together, name):
 def test_layers_have_their_own_learning_rates(alone, together):
     assert_equal_metrics(together / "layered", alone / "layered")
     assert rows(alone / "layered")[-1]["val_loss"] != rows(alone / "plain")[-1]["val_loss"]
+
+
+def test_tables_of_offsets_are_sharded_like_everything_else(alone, together):
+    assert_equal_metrics(together / "table", alone / "table")
+    ours, theirs = (load(list_checkpoints(run / "table")[-1])["state_dict"] for run in (together, alone))
+    task = build(compose_config("pretrain", ["experiment=debug", "model.position_bias=table"], output_dir=alone))[0]
+    task.configure_model()
+    tables = {key: value for key, value in task.state_dict().items() if key.endswith("position_bias.table")}
+    assert tables
+    for key, initial in tables.items():
+        assert (ours[key] - theirs[key]).norm() < 1e-2 * (theirs[key] - initial).norm(), key
 
 
 def test_an_average_follows_sharded_weights(alone, together):
