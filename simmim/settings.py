@@ -129,9 +129,11 @@ BATCHES: Section = {
     "crop_scale": several(POSITIVE, 2),
     "crop_ratio": several(POSITIVE, 2),
 }
+MEAN = SHARE | several(SHARE)
+STD = number(0, 1, above=True) | several(number(0, 1, above=True))
 STATISTICS: Section = {
-    "mean": SHARE | several(SHARE),
-    "std": number(0, 1, above=True) | several(number(0, 1, above=True)),
+    "mean": MEAN,
+    "std": STD,
     "on_error": WORD,
     "max_bad_fraction": SHARE,
 }
@@ -224,6 +226,21 @@ RECONSTRUCT: Section = {
     "masking": {"strategy": WORD, "patch_size": PIXELS | NULL, "ratio": RATIO | NULL},
 }
 
+EMBED: Section = {
+    **RUN,
+    "encoder": TEXT,
+    "images": TEXT,
+    "out": TEXT | NULL,
+    "features": WORD,
+    "image_size": IMAGE_SIZE | NULL,
+    "mean": MEAN | NULL,
+    "std": STD | NULL,
+    "batch_size": count(2**16) | NULL,
+    "num_workers": WORKERS | NULL,
+    "timeout": POSITIVE,
+    "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
+}
+
 PREPARE: Section = {
     **RUN,
     "data": {"root": TEXT},
@@ -257,6 +274,7 @@ CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
+    "embed": EMBED,
     "plan": PLAN,
     "pretrain": PRETRAIN,
     "reconstruct": RECONSTRUCT,

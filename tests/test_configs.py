@@ -14,7 +14,7 @@ from simmim.pretrain import run_length
 from simmim.training.schedule import lr_factor
 
 GROUPS = ("data", "experiment", "logger", "model", "trainer")
-COMMANDS = ("benchmark", "consolidate", "plan", "prepare", "pretrain", "reconstruct")
+COMMANDS = ("benchmark", "consolidate", "embed", "plan", "prepare", "pretrain", "reconstruct")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 # Typed from the published tables. lr at the global batch it is given for.
