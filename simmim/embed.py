@@ -49,7 +49,7 @@ GPU_BATCH = 256
 PART_BATCHES, PART_BYTES = 16, 64 << 20
 """A part is whole batches, at most so many, and of features hardly more than so many bytes."""
 
-FLOATS_PER_CHANNEL = 16
+FLOATS_PER_CHANNEL = 24
 """Numbers that the first stage holds at its peak for each channel of each token."""
 
 
@@ -289,17 +289,21 @@ def settings_of(embedder: Embedder, source: FileSource, facts: dict[str, Any]) -
         "model": embedder.encoder.config,
         "features": "pooled" if embedder.pooled else "patches",
         "batch_size": embedder.batch_size,
+        "batches_a_part": batches_a_part(embedder),
         "device": embedder.device.type,
         "precision": "bf16" if embedder.bf16 else "fp32",
     }
 
 
+def batches_a_part(embedder: Embedder) -> int:
+    """Batches whose features are computed, kept and written together."""
+    return max(1, min(PART_BATCHES, PART_BYTES // (4 * prod(embedder.shape) * embedder.batch_size)))
+
+
 def split(images: int, embedder: Embedder) -> list[list[range]]:
     """Deals positions of so many images to batches, and these to parts."""
-    batch = embedder.batch_size
+    batch, length = embedder.batch_size, batches_a_part(embedder)
     batches = [range(at, min(at + batch, images)) for at in range(0, images, batch)]
-    room = PART_BYTES // (4 * prod(embedder.shape) * batch)
-    length = max(1, min(PART_BATCHES, room))
     return [batches[at : at + length] for at in range(0, len(batches), length)]
 
 
