@@ -1,12 +1,8 @@
 """`python -m simmim.prepare`: a copy of a folder of images, made small and packed: read several times faster."""
 
-import hashlib
 import json
 import logging
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from simmim.command import Config, command
 from simmim.data.decoding import UnreadableImage
 from simmim.data.folder import FolderSource
+from simmim.data.loader import end_with_the_command
 from simmim.data.shards import (
     INDEX,
     SETTINGS,
@@ -68,11 +65,10 @@ def prepare(config: Config) -> Path:
 
 def settings_of(source: FolderSource, config: Config) -> dict[str, str | int]:
     """What decides about the bytes of a copy."""
-    names = "\0".join(source.relative_name(index) for index in range(len(source)))
     return {
         "root": os.path.realpath(source.root),
         "images": len(source),
-        "names_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        "names_sha256": source.names_sha256(),
         **{key: config[key] for key in ("short_side", "quality", "shard_mb")},
     }
 
@@ -138,7 +134,7 @@ def convert(source: FolderSource, start: int, config: Config) -> Iterator[Prepar
         num_workers=workers,
         collate_fn=tuple,
         prefetch_factor=16 if workers else None,
-        worker_init_fn=_end_with_the_command,
+        worker_init_fn=end_with_the_command,
     )
     for index, (data, reason) in enumerate(loader, start):
         yield PreparedImage(source.relative_name(index), source.label(index), data, reason)
@@ -160,19 +156,6 @@ def summarise(out: Path, records: list[dict[str, Any]]) -> None:
     if unreadable:
         log.warning(f"{unreadable:,} images could not be read and are left out: {shown(out / UNREADABLE)}")
     log.info(f"done: {shown(out)}; next: python -m simmim.pretrain data=shards data.root={shown(out)}")
-
-
-def _end_with_the_command(worker: int) -> None:
-    """Leaves Ctrl-C to the command, and ends when that is gone: with nobody to read, a worker would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

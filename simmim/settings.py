@@ -282,6 +282,21 @@ RECONSTRUCT: Section = {
     "masking": {"strategy": WORD, "patch_size": PIXELS | NULL, "ratio": RATIO | NULL},
 }
 
+EMBED: Section = {
+    **RUN,
+    "encoder": TEXT,
+    "images": TEXT,
+    "out": TEXT | NULL,
+    "features": WORD,
+    "image_size": IMAGE_SIZE | NULL,
+    "mean": MEAN | NULL,
+    "std": STD | NULL,
+    "batch_size": count(2**16) | NULL,
+    "num_workers": WORKERS | NULL,
+    "timeout": POSITIVE,
+    "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
+}
+
 PREPARE: Section = {
     **RUN,
     "data": {"root": TEXT},
@@ -315,6 +330,7 @@ CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
+    "embed": EMBED,
     "evaluate": EVALUATE,
     "finetune": FINETUNE,
     "plan": PLAN,

@@ -14,14 +14,14 @@ MODULES = {
     ".".join(("simmim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-NAMES = ("benchmark", "consolidate", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
+NAMES = ("benchmark", "consolidate", "embed", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
 COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [
     {"simmim.seeding", "simmim.masking", "simmim.run_folder", "simmim.targets"},
-    {"simmim.checkpoint_files"},
+    {"simmim.checkpoint_files", "simmim.feature_files"},
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},
-    {"simmim.tasks"},
+    {"simmim.tasks", "simmim.probes"},
     {"simmim.measuring", "simmim.settings"},
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice

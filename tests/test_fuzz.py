@@ -21,10 +21,13 @@ VARIANTS = {
     "fsdp": ("pretrain", ["experiment=debug", "trainer=fsdp", "logger=wandb"]),
     "folder": ("pretrain", ["data=folder", "data.root={photos}", "data.num_workers=0", "trainer=cpu"]),
     "reconstruct": ("reconstruct", ["encoder=nowhere", "images=nowhere"]),
+    "embed": ("embed", ["encoder=nowhere", "images=nowhere", "trainer=cpu"]),
     "prepare": ("prepare", ["data.root={photos}", "out=copy"]),
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
-EXAMPLES = {"debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "prepare": 10, "benchmark": 15}
+EXAMPLES = {
+    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "prepare": 10, "benchmark": 15,
+}  # fmt: skip
 
 VALUES = [
     None, True, False, 0, 1, 2, 3, 4, 7, 8, 16, 32, 64, -1, 2**31, 2**63, 10**30, -(10**30), 0.0, 0.5, 1.0, 1.5, 8.0,

@@ -1,6 +1,7 @@
 """Images that lie in files, whatever holds the files: names, labels, subsets, and a copy in memory."""
 
 import copy
+import hashlib
 import logging
 import sys
 from abc import ABC, abstractmethod
@@ -108,6 +109,11 @@ class FileSource(ABC):
     def relative_name(self, index: int) -> str:
         """Path of an image relative to `root`, with forward slashes on every system."""
         return self._names[self._indices[index]]
+
+    def names_sha256(self) -> str:
+        """A hash of all names in their order: two sources of the same list have the same."""
+        names = "\0".join(self.relative_name(index) for index in range(len(self)))
+        return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
         """The images at these positions, in this order, as a source that shares the listing."""

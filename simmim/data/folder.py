@@ -70,6 +70,20 @@ class FolderSource(FileSource):
         return str(self.root / self.relative_name(index))
 
 
+class SingleImage(FolderSource):
+    """One image file, without a label.
+
+    Args:
+        file: The file.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        key: What the file is called in messages.
+    """
+
+    def __init__(self, file: Path, *, channels: int, key: str) -> None:
+        names = PackedStrings.pack([file.name])
+        FileSource.__init__(self, file.parent, names, *_classes(names), channels=channels, key=key)
+
+
 def split_by_hash(source: Files, fraction: float) -> tuple[Files, Files]:
     """Set images aside for validation by a hash of their relative path.
 

@@ -1,5 +1,6 @@
 """Loader processes that die or hang, with the name of the image that they held."""
 
+import os
 import signal
 import threading
 import time
@@ -65,6 +66,7 @@ class WatchedLoader(DataLoader[Any]):
         timeout: Seconds that a batch may take, where there are loader processes.
         num_workers: See `DataLoader`.
         collate_fn: See `DataLoader`.
+        section: Where the config keys `timeout` and `num_workers` stand, for messages.
         **options: See `DataLoader`.
     """
 
@@ -77,9 +79,10 @@ class WatchedLoader(DataLoader[Any]):
         timeout: float,
         num_workers: int,
         collate_fn: Callable[[Sequence[Any]], Any],
+        section: str = "data.",
         **options: Any,
     ) -> None:
-        self.notes, self.name, self.limit = notes, name, timeout
+        self.notes, self.name, self.limit, self.section = notes, name, timeout, section
         super().__init__(
             dataset,
             num_workers=num_workers,
@@ -128,7 +131,7 @@ class WatchedLoader(DataLoader[Any]):
                 _kill(workers)
                 held, code = self.notes.read(worker), process.exitcode
                 what = f"while it read {self.name(held[0])}" if held else "between two images"
-                raise ValueError(f"a loader process died ({_cause(code)}) {what}: {_advice(code)}")
+                raise ValueError(f"a loader process died ({_cause(code)}) {what}: {self._advice(code)}")
 
     def _hung(self, workers: Sequence[Process]) -> ValueError:
         held = filter(None, map(self.notes.read, range(len(workers))))
@@ -136,9 +139,32 @@ class WatchedLoader(DataLoader[Any]):
         _kill(workers)
         what = "" if index is None else f": {self.name(index)} was being read for {seconds:.0f} s"
         return ValueError(
-            f"no batch came for data.timeout={self.limit:g} s{what}: see that its disk answers, remove the image, or "
-            "give a longer data.timeout"
+            f"no batch came for {self.section}timeout={self.limit:g} s{what}: see that its disk answers, remove the "
+            f"image, or give a longer {self.section}timeout"
         )
+
+    def _advice(self, exitcode: int | None) -> str:
+        if exitcode == -signal.SIGBUS:
+            return f"shared memory ran out: fewer {self.section}num_workers, or more of it (docker run --shm-size=8g)"
+        return f"fewer {self.section}num_workers if memory ran out, else remove the image"
+
+
+def default_workers(*, on_gpu: bool) -> int:
+    """Loader processes: the machine's cores, at most 8, beside a GPU; one where the work itself needs the cores."""
+    return min(8, os.cpu_count() or 1) if on_gpu else 1
+
+
+def end_with_the_command(worker: int) -> None:
+    """Leaves Ctrl-C to the command, and ends when that is gone: with nobody to read, a worker would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -162,9 +188,3 @@ def _kill(workers: Sequence[Process]) -> None:
 
 def _cause(exitcode: int | None) -> str:
     return f"killed by signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
-
-
-def _advice(exitcode: int | None) -> str:
-    if exitcode == -signal.SIGBUS:
-        return "shared memory ran out: fewer data.num_workers, or more of it (docker run --shm-size=8g)"
-    return "fewer data.num_workers if memory ran out, else remove the image"

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import FileSource, InMemory
 from simmim.data.folder import FolderSource, split_by_hash
-from simmim.data.loader import Notes, WatchedLoader
+from simmim.data.loader import Notes, WatchedLoader, default_workers
 from simmim.data.sampler import SampleKey, SampleStream
 from simmim.data.shards import ShardSource
 from simmim.data.synthetic import SyntheticSource
@@ -170,11 +169,11 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stacks samples to a batch; the lists of unreadable images become one."""
     unreadable = [entry for sample in samples for entry in sample["unreadable"]]
     others = [{k: v for k, v in sample.items() if k not in ("image", "unreadable")} for sample in samples]
-    image = _stack([sample["image"] for sample in samples])
+    image = stack([sample["image"] for sample in samples])
     return {"image": image, **default_collate(others), "unreadable": unreadable}
 
 
-def _stack(images: Sequence[Tensor]) -> Tensor:
+def stack(images: Sequence[Tensor]) -> Tensor:
     """The batch (B, C, H, W) in the layout of its images: turning decoded ones round takes five times as long."""
     batch: Tensor
     if all(image.stride(0) == 1 for image in images):  # channels last
@@ -192,8 +191,7 @@ class ImageData(LightningDataModule):
         transforms: What happens to the ones, and to the others.
         masking: Draws the masks; None for none.
         batch_size: Images a device.
-        num_workers: Loader processes a device; None takes the machine's cores, at most 8, beside a GPU, and one
-            where the training itself needs the cores.
+        num_workers: Loader processes a device; None takes `default_workers`.
         timeout: Seconds that a batch of theirs may take.
         on_gpu: Whether a GPU trains.
         num_batches: Training batches of the whole run.
@@ -218,8 +216,7 @@ class ImageData(LightningDataModule):
         self.train_samples = ImageSamples(train, transforms[0], masking, seed)
         self.val_samples = ImageSamples(validation, transforms[1], masking, seed)
         self.batch_size = batch_size
-        workers = min(8, os.cpu_count() or 1) if on_gpu else 1
-        self.num_workers = workers if num_workers is None else num_workers
+        self.num_workers = default_workers(on_gpu=on_gpu) if num_workers is None else num_workers
         self.timeout = timeout
         self.on_gpu = on_gpu
         self.num_batches = num_batches
