@@ -5,14 +5,12 @@ as it is, and once more after a short fine-tuning there. Tables and picture are 
 """
 
 import argparse
-import shlex
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from runs import Run, run_all, shards
+from runs import Run, command_line, run_all, shards
 
 from simmim.measuring.tables import environment_notes, write_csv, write_markdown
 
@@ -179,7 +177,7 @@ def notes(options: argparse.Namespace, rows: list[dict]) -> list[str]:
     share = "all" if options.label_fraction == 1 else f"{options.label_fraction:.0%} of the"
     tuning_share = "all" if options.tuning_fraction == 1 else f"{options.tuning_fraction:.0%} of the"
     return [
-        f"command: `python benchmarks/position_bias.py {shlex.join(sys.argv[1:])}`",
+        command_line("position_bias", options.folder),
         "cells: top-1 accuracy in %, without / with fine-tuning, at x times the trained window, and at images as much "
         "larger; a cell without a number has not been measured",
         f"here: experiment=position_bias_transfer, {options.epochs:g} epochs of {share} training images, fine-tuned "

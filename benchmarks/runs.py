@@ -85,3 +85,15 @@ def run_all(runs: Sequence[Run], *, after: Callable[[], None]) -> None:
 def shards(folder: str) -> tuple[str, str]:
     """The settings that name the shards of a folder: `tin50-train-*.tar.gz` and `tin50-val-*.tar.gz`."""
     return f"data.root='{folder}/tin50-train-*.tar.gz'", f"data.val_root='{folder}/tin50-val-*.tar.gz'"
+
+
+def command_line(script: str, folder: str) -> str:
+    """What was typed, for the notes of a table, without the places of one machine."""
+    words = ["<shards>" if word == folder else shlex.quote(below_outputs(word)) for word in sys.argv[1:]]
+    return f"command: `python benchmarks/{script}.py {' '.join(words)}`"
+
+
+def below_outputs(path: str | Path) -> str:
+    """The path of a run as all see it who have made it."""
+    before, found, after = str(path).rpartition("outputs/")
+    return found + after if before.startswith("/") else str(path)
