@@ -93,9 +93,7 @@ class Study:
         self.shards = shards(options.folder)
         self.epochs = dict(zip(options.fractions, options.epochs, strict=True))
         settings = ["experiment=tiny_imagenet_scratch", "data.root=x", *options.overrides]
-        recipe = compose_config("finetune", settings, output_dir=Path())
-        self.rate = recipe["optimizer"]["base_lr"]
-        self.images_per_step = run_length(recipe, 1).images_per_step
+        self.rate = compose_config("finetune", settings, output_dir=Path())["optimizer"]["base_lr"]
 
     @property
     def pretrained(self) -> Path:
@@ -209,19 +207,26 @@ class Study:
 
 def draw(study: Study, path: Path) -> None:
     fractions = study.options.fractions
-    figure = Figure(figsize=(5.2 * len(fractions), 3.9), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(fractions), 4.6), layout="constrained")
     for axis, fraction in zip(figure.subplots(1, len(fractions), squeeze=False)[0], fractions, strict=True):
         before = study.compute(fraction, 0, pretrained=True)
         axis.axvspan(0, before, color="tab:blue", alpha=0.08, linewidth=0)
-        axis.text(before / 2, 0.02, "pretraining", transform=axis.get_xaxis_transform(), ha="center", fontsize=8)
+        axis.text(
+            before / 2,
+            0.95,
+            "pretraining of the blue one",
+            transform=axis.get_xaxis_transform(),
+            ha="center",
+            fontsize=8,
+        )
         for part, runs in study.kinds(fraction).items():
             curves = [curve for run in runs or [] if run.finished and (curve := run.curve())]
             if not curves:
                 continue
             start = before if part == "finetune" else 0
-            epoch = study.compute(fraction, 1, pretrained=False)
-            epochs_a_step = study.images_per_step / (fraction * study.facts().available)
-            x = [start + step * epochs_a_step * epoch for step, _ in curves[0]]
+            epochs = study.long_epochs(fraction) if part == "long" else study.epochs[fraction]
+            cost = study.compute(fraction, epochs, pretrained=False)
+            x = [start + step / curves[0][-1][0] * cost for step, _ in curves[0]]
             y = [statistics.mean(top1) for top1 in zip(*([top1 for _, top1 in c] for c in curves), strict=True)]
             label = f"{NAMES[part]}: {y[-1]:.1f} %"
             axis.plot(x, y, color=COLOURS[part], label=label, linewidth=1.6)
@@ -230,11 +235,11 @@ def draw(study: Study, path: Path) -> None:
         axis.set_xlabel("training compute: 1 is pretraining and fine-tuning together", fontsize=8)
         axis.set_ylabel("top-1 accuracy on validation images, %", fontsize=8)
         axis.set_xlim(0, 1.03)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=7)
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
