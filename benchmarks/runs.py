@@ -32,8 +32,13 @@ class Run:
         return ["-m", f"simmim.{self.command}", *self.settings, f"name={self.name}", *resume]
 
     @property
+    def line(self) -> str:
+        return shlex.join(["python", *self.words])
+
+    @property
     def finished(self) -> bool:
-        return (self.folder / FINISHED[self.command]).is_file()
+        """Whether this very command has ended well: the same name with other epochs is another run."""
+        return (self.folder / FINISHED[self.command]).is_file() and self._begun_as() == self.line
 
     def start(self) -> None:
         """Runs the command, which continues what an earlier sitting has begun.
@@ -41,14 +46,13 @@ class Run:
         Raises:
             SystemExit: If it fails or is stopped, or if its folder is of other settings.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        line, kept = shlex.join(["python", *self.words]), self.folder / "command.txt"
-        if kept.exists() and kept.read_text() != f"{line}\n":
+        if self._begun_as() not in (None, self.line):
             sys.exit(f"{self.folder} is of another command, see its command.txt: give another --name, or remove it")
-        kept.write_text(f"{line}\n")
         if self.finished:
             print("    there already", flush=True)
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "command.txt").write_text(f"{self.line}\n")
         with subprocess.Popen([sys.executable, *self.words]) as process:
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's, which saves and stops
             code = process.wait()
@@ -56,6 +60,10 @@ class Run:
         if code or not self.finished:
             print(f"{self.folder} ended with exit code {code}: start the study again, it goes on there", flush=True)
             sys.exit(code or 1)
+
+    def _begun_as(self) -> str | None:
+        kept = self.folder / "command.txt"
+        return kept.read_text().rstrip("\n") if kept.is_file() else None
 
     def top1(self) -> float | None:
         """Accuracy in percent on all validation images at the end; None where the run has not finished."""
@@ -77,7 +85,7 @@ class Run:
 def run_all(runs: Sequence[Run], *, after: Callable[[], None]) -> None:
     """Runs what has not been run, one after the other, and calls `after` when each has ended."""
     for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {shlex.join(['python', *run.words])}", flush=True)
+        print(f"[{number}/{len(runs)}] {run.line}", flush=True)
         run.start()
         after()
 
