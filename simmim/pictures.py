@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -103,5 +104,49 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
             colour = "white" if shares[row, column] > 0.5 else "black"
             text = str(int(confusion[row, column]))
             axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def draw_position_bias(
+    tables: Sequence[Tensor], path: Path, *, titles: Sequence[str], trained_window: tuple[int, int], caption: str = ""
+) -> None:
+    """Writes a PNG of position biases over the plane of offsets, one row a head, one column a window.
+
+    All share one scale of colours. A square marks the offsets that the trained window has: what lies outside of it
+    was never trained.
+
+    Args:
+        tables: (n, 2h - 1, 2w - 1) each, row offset before column offset, for windows of (h, w) tokens.
+        path: File to write; its folder is made.
+        titles: One a column.
+        trained_window: Height and width in tokens.
+        caption: A line below.
+    """
+    heads, side = len(tables[0]), 2.1  # inches of a panel
+    height, width = (2 * length - 1 for length in trained_window)  # offsets
+    tables = [table.detach().float().cpu() for table in tables]
+    low, high = min(float(table.min()) for table in tables), max(float(table.max()) for table in tables)
+    figure = Figure(figsize=(len(tables) * side + 0.9, heads * side + 0.5), layout="constrained")
+    axes = figure.subplots(heads, len(tables), squeeze=False)
+    for column, (table, title) in enumerate(zip(tables, titles, strict=True)):
+        rows, columns = (length // 2 for length in table.shape[1:])
+        extent = (-columns - 0.5, columns + 0.5, rows + 0.5, -rows - 0.5)
+        for head in range(heads):
+            axis = axes[head, column]
+            image = axis.imshow(table[head].numpy(), extent=extent, vmin=low, vmax=high, cmap="viridis")
+            height, width = (2 * length - 1 for length in trained_window)
+            axis.add_patch(Rectangle((-width / 2, -height / 2), width, height, fill=False, edgecolor="w"))
+            axis.set_xticks([-columns, 0, columns])
+            axis.set_yticks([-rows, 0, rows])
+            axis.tick_params(labelsize=7, length=2)
+        axes[0, column].set_title(title, fontsize=9)
+    for head in range(heads):
+        axes[head, 0].set_ylabel(f"head {head + 1}", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / heads), pad=0.01)
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.set_label("bias added to the logit", fontsize=8)
+    if caption:
+        figure.supxlabel(caption, fontsize=8, color="0.35")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -1,6 +1,7 @@
 """Every YAML composes, and the recipes hold the published numbers."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ RECIPES = {
 }
 
 
-FINETUNED = ("finetune_", "transfer_", "supervised_", "pretrained")
+FINETUNED = (
+    *("finetune_", "transfer_", "supervised_", "pretrained"),
+    *("position_bias_transfer", "tiny_imagenet_finetune", "tiny_imagenet_scratch"),
+)
 """How the choices that fine-tuning alone has begin."""
 
 
@@ -47,7 +51,7 @@ def test_every_choice_of_every_group_composes(group, choice):
     root = ["data.root=photos"] if group == "experiment" and choice != "debug" else []
     command = "finetune" if choice.startswith(FINETUNED) else "pretrain"
     config = config_of(f"{group}={choice}", *needed.get(choice, []), *root, command=command)
-    assert choice == "pretrained" or config["model"]["window_size"] > 0
+    assert choice in ("pretrained", "tiny_imagenet_finetune") or config["model"]["window_size"] > 0
 
 
 def test_every_yaml_is_a_command_or_a_choice():
@@ -108,10 +112,27 @@ def test_recipes_hold_the_published_numbers(name):
 
 
 def test_recipe_headers_say_what_a_reader_needs():
-    for path in sorted((config_folder() / "experiment").glob("simmim_*.yaml")):
+    for path in sorted((config_folder() / "experiment").glob("*.yaml")):
+        command = "finetune" if path.stem.startswith(FINETUNED) else "pretrain"
         header = path.read_text().split("defaults:")[0]
-        for word in ("python -m simmim.pretrain experiment=" + path.stem, "Hardware:", "Time:", "Expect:"):
+        experiment = re.search(rf"python -m simmim\.{command} (-m )?experiment={path.stem}\b", header)
+        assert experiment, path.name
+        for word in ("Hardware:", "Time:", "Expect:") if path.stem != "debug" else ():
             assert word in header, path.name
+
+
+def test_from_scratch_differs_from_fine_tuning_by_the_start_alone():
+    small = ["model=swinv2_mini", "model.patch_size=4"]
+    tuned = config_of("experiment=tiny_imagenet_finetune", "data.root=x", command="finetune")
+    scratch = config_of("experiment=tiny_imagenet_scratch", "data.root=x", *small, command="finetune")
+    pretrained = config_of("experiment=tiny_imagenet_pretrain", "data.root=x", *small)
+    assert scratch["optimizer"].pop("layer_decay") == 1 > tuned["optimizer"].pop("layer_decay")
+    for section in ("optimizer", "schedule", "augmentation", "label_smoothing", "trainer"):
+        assert scratch[section] == tuned[section]
+    own = {key: tuned["data"][key] for key in tuned["data"] if tuned["data"][key] is not None}
+    assert own.items() <= scratch["data"].items()
+    assert scratch["model"] == {**pretrained["model"], "drop_path": tuned["model"]["drop_path"]}
+    assert scratch["data"]["image_size"] == pretrained["data"]["image_size"]
 
 
 @pytest.mark.parametrize(

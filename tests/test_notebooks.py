@@ -8,6 +8,7 @@ from PIL import Image
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
+PICTURES = {"reconstruction": ["panels", "masks", "checkpoints"], "transfer": ["bias", "resolution"]}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -17,9 +18,13 @@ def test_a_notebook_runs_from_top_to_bottom(source, tmp_path, monkeypatch):
     notebook = jupytext.read(source)
     NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     drawn = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in str(output)]
-    assert len(drawn) == 3
-    with Image.open(tmp_path / "checkpoints.png") as picture:
-        assert picture.width > picture.height  # the original and four checkpoints
+    assert len(drawn) == len(PICTURES[source.stem])
+    for name in PICTURES[source.stem]:
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > 300
+    if source.stem == "reconstruction":
+        with Image.open(tmp_path / "checkpoints.png") as picture:
+            assert picture.width > picture.height  # the original and four checkpoints
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

@@ -1,7 +1,9 @@
+import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from simmim.pictures import GREY, draw_panels, four_panels
+from simmim.pictures import GREY, draw_panels, draw_position_bias, four_panels
 
 
 def test_the_four_panels():
@@ -47,3 +49,35 @@ def test_titles_and_caption_are_drawn(tmp_path):
         draw_panels(torch.ones(1, 4, 3, 8, 8), tmp_path / "picture.png", **words)
         files.add((tmp_path / "picture.png").read_bytes())
     assert len(files) == 3
+
+
+def test_biases_of_all_windows_share_one_scale_of_colours(tmp_path):
+    """The highest bias of the larger window is as bright as can be, so the smaller one's, half as high, is not."""
+    small, large = torch.zeros(1, 5, 5), torch.zeros(1, 9, 9)
+    small[:, 2:], large[:, 4:] = 0.5, 1.0
+    path = tmp_path / "bias.png"
+    draw_position_bias([small, large], path, titles="ab", trained_window=(3, 3))
+    pixels = pixels_of(path)
+    lowest, middle, highest = (torch.tensor(colour) for colour in ((68, 1, 84), (32, 144, 140), (253, 231, 36)))
+    counts = [int(((pixels - colour).abs().amax(dim=2) <= 2).sum()) for colour in (lowest, middle, highest)]
+    assert min(counts) > 2000
+
+
+def test_a_square_marks_the_offsets_of_the_trained_window(tmp_path):
+    """Of the 9 offsets along each axis of a window of 5, those 5 that a window of 3 has."""
+    table = torch.zeros(1, 9, 9)
+    table[0, 0, -1] = 1
+    draw_position_bias([table], tmp_path / "bias.png", titles="a", trained_window=(3, 3))
+    picture = pixels_of(tmp_path / "bias.png")
+    dark = (picture - torch.tensor((68, 1, 84))).abs().amax(dim=2) <= 2
+    left = int(dark.any(dim=0).nonzero().min())
+    edge = dark[:, left + 2].nonzero().flatten()  # a line down the panel, which is square
+    top, bottom = int(edge.min()), int(edge.max())
+    middle = picture[(top + bottom) // 2, left : left + bottom - top]  # a line across it
+    lines = (middle.amin(dim=1) > 150).nonzero().flatten()
+    assert int(lines.max() - lines.min()) / (bottom - top) == pytest.approx(5 / 9, abs=0.03)
+
+
+def pixels_of(path):
+    """Integers (H, W, 3)."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"), dtype=np.int64))

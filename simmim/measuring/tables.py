@@ -22,10 +22,20 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path, *, title: str, notes
         title: Heading of the Markdown.
         notes: Lines below the table: command, settings.
     """
+    write_csv(rows, path)
+    return write_markdown(rows, path, title=title, notes=notes)
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes `<path>.csv`. Arguments as `write_table`."""
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_markdown(rows: Sequence[dict[str, Any]], path: Path, *, title: str, notes: Sequence[str]) -> str:
+    """Writes `<path>.md`, and returns it. Arguments as `write_table`; a reader may want fewer rows than the CSV has."""
     columns = list(rows[0])
     numeric = {key for key in columns if any(isinstance(row[key], int | float) for row in rows)}
     lines = [
