@@ -288,12 +288,15 @@ EMBED: Section = {
     "images": TEXT,
     "out": TEXT | NULL,
     "features": WORD,
-    "image_size": IMAGE_SIZE | NULL,
-    "mean": MEAN | NULL,
-    "std": STD | NULL,
-    "batch_size": count(2**16) | NULL,
-    "num_workers": WORKERS | NULL,
-    "timeout": POSITIVE,
+    "data": {
+        "image_size": IMAGE_SIZE | NULL,
+        "mean": MEAN | NULL,
+        "std": STD | NULL,
+        "batch_size": count(2**16) | NULL,
+        "num_workers": WORKERS | NULL,
+        "timeout": POSITIVE,
+    },
+    "model": OPTIONAL_MODEL,
     "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
 }
 

@@ -25,7 +25,7 @@ LEVELS = [
     {"simmim.measuring", "simmim.settings"},
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice
-    {"simmim.run", "simmim.stages"},
+    {"simmim.run", "simmim.stages", "simmim.embedding"},
     COMMANDS - {"simmim.plan"},
 ]
 HYDRA = {"hydra", "omegaconf"}
