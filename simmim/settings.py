@@ -227,6 +227,8 @@ INHERITED: Section = {
     "test_crop": number(0, 1, above=True),
 }
 
+LABELS: Section = {"label_fraction": number(0, 1, above=True)}
+
 FINETUNE: Section = {
     **TRAINING,
     "data": section_of(
@@ -236,7 +238,7 @@ FINETUNE: Section = {
         STATISTICS,
         LOADING,
         INHERITED,
-        {"label_fraction": number(0, 1, above=True)},
+        LABELS,
     ),
     "model": OPTIONAL_MODEL,
     "augmentation": {
@@ -255,14 +257,23 @@ EVALUATE: Section = {
     **RUN,
     "seed": SEED,
     "encoder": TEXT,
+    "probe": WORD,
     "data": section_of(
         SOURCES,
         "source",
         {"source": WORD, "batch_size": count(), "num_workers": WORKERS | NULL, "timeout": POSITIVE},
         STATISTICS,
         INHERITED,
+        LABELS,
     ),
     "model": OPTIONAL_MODEL,
+    "knn": {"k": several(count()), "temperature": POSITIVE},
+    "linear": {
+        "lrs": several(POSITIVE),
+        "optimizers": several(WORD),
+        "epochs": count(EPOCHS),
+        "batch_size": count(),
+    },
     "trainer": section_of(STRATEGIES, "strategy", DEVICES),
 }
 
