@@ -215,6 +215,7 @@ PRETRAIN: Section = {
         "target_downsampling": PIXELS,
     },
     "pictures": count(1000),
+    "probe_every_n_epochs": count(EPOCHS) | NULL,
 }
 
 OPTIONAL_MODEL: Section = {key: kind | NULL for key, kind in MODEL.items() if isinstance(kind, Kind)}
