@@ -28,7 +28,7 @@ RECIPES = {
 }
 
 
-FINETUNED = ("finetune_", "transfer_", "supervised_", "pretrained")
+FINETUNED = ("finetune_", "transfer_", "supervised_", "pretrained", "low_label")
 """How the choices that fine-tuning alone has begin."""
 
 
@@ -44,10 +44,10 @@ def test_every_choice_of_every_group_composes(group, choice):
         "webdataset": ["data.root='train-{000..004}.tar'"],
         "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
     }
-    root = ["data.root=photos"] if group == "experiment" and choice != "debug" else []
+    root = ["data.root=photos"] if group == "experiment" and choice not in ("debug", "low_label") else []
     command = "finetune" if choice.startswith(FINETUNED) else "pretrain"
     config = config_of(f"{group}={choice}", *needed.get(choice, []), *root, command=command)
-    assert choice == "pretrained" or config["model"]["window_size"] > 0
+    assert choice in ("pretrained", "low_label") or config["model"]["window_size"] > 0
 
 
 def test_every_yaml_is_a_command_or_a_choice():
@@ -108,9 +108,11 @@ def test_recipes_hold_the_published_numbers(name):
 
 
 def test_recipe_headers_say_what_a_reader_needs():
-    for path in sorted((config_folder() / "experiment").glob("simmim_*.yaml")):
+    recipes = sorted((config_folder() / "experiment").glob("simmim_*.yaml"))
+    for path in [*recipes, config_folder() / "experiment" / "low_label.yaml"]:
         header = path.read_text().split("defaults:")[0]
-        for word in ("python -m simmim.pretrain experiment=" + path.stem, "Hardware:", "Time:", "Expect:"):
+        command = "finetune" if path.stem.startswith(FINETUNED) else "pretrain"
+        for word in (f"python -m simmim.{command} experiment={path.stem}", "Hardware:", "Time:", "Expect:"):
             assert word in header, path.name
 
 
