@@ -5,13 +5,15 @@ all keys.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from simmim.command import Config, accumulation, command, image_size_of, on_gpu, quieten_libraries
+from simmim.data.labels import check_labels, match_labels
 from simmim.data.module import ImageData, create_sources, fixed_batch
 from simmim.data.transforms import centre_transform, per_channel, pretraining_transform
 from simmim.encoders.weights import load_encoder_weights, read_encoder_weights, save_encoder, trained_windows
@@ -29,7 +31,7 @@ from simmim.run import (
 )
 from simmim.run_folder import ENCODER, shown
 from simmim.tasks.pretraining import Pretraining
-from simmim.training.callbacks import Reconstructions
+from simmim.training.callbacks import Probe, Reconstructions
 from simmim.training.checkpoint import find_checkpoint, refuse_changed_settings
 from simmim.training.sharding import gather
 
@@ -71,12 +73,28 @@ def _run(config: Config) -> dict[str, Any]:
         fixed_batch(data.val_samples, config["pictures"]),
         steps_per_epoch=length.steps_per_epoch,
     )
-    trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=[pictures])
+    callbacks = [pictures, *_probes(config, data, length)]
+    trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=callbacks)
     encoder, weights = task.best.encoder, gather(task.best.encoder)
     if trainer.is_global_zero:
         statistics = {key: task.hparams[key] for key in ("mean", "std")}
         save_encoder(encoder, output_dir / ENCODER, image_size=image_size, weights=weights, **statistics)
     return _summarise(output_dir, trainer)
+
+
+def _probes(config: Config, data: ImageData, length: Length) -> list[Callback]:
+    """What `probe_every_n_epochs` asks for: the images of the run as validation crops them, nothing hidden."""
+    epochs = config["probe_every_n_epochs"]
+    if epochs is None:
+        return []
+    crop, source = data.val_samples.transform, data.train_samples.source
+    try:
+        check_labels(source, key="data.root")
+        val, _ = match_labels(data.val_samples.source, source.classes, key="data.val_root")
+    except ValueError as error:
+        raise ValueError(f"probe_every_n_epochs={epochs} needs labels, or give null: {error}") from error
+    samples = (replace(data.train_samples, source=images, transform=crop, masking=None) for images in (source, val))
+    return [Probe(*samples, classes=len(source.classes), every_n_steps=epochs * length.steps_per_epoch)]
 
 
 def _advice(config: Config) -> str:

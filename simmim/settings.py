@@ -215,6 +215,7 @@ PRETRAIN: Section = {
         "target_downsampling": PIXELS,
     },
     "pictures": count(1000),
+    "probe_every_n_epochs": count(EPOCHS) | NULL,
 }
 
 OPTIONAL_MODEL: Section = {key: kind | NULL for key, kind in MODEL.items() if isinstance(kind, Kind)}
@@ -227,6 +228,8 @@ INHERITED: Section = {
     "test_crop": number(0, 1, above=True),
 }
 
+LABELS: Section = {"label_fraction": number(0, 1, above=True)}
+
 FINETUNE: Section = {
     **TRAINING,
     "data": section_of(
@@ -236,7 +239,7 @@ FINETUNE: Section = {
         STATISTICS,
         LOADING,
         INHERITED,
-        {"label_fraction": number(0, 1, above=True)},
+        LABELS,
     ),
     "model": OPTIONAL_MODEL,
     "augmentation": {
@@ -255,14 +258,23 @@ EVALUATE: Section = {
     **RUN,
     "seed": SEED,
     "encoder": TEXT,
+    "probe": WORD,
     "data": section_of(
         SOURCES,
         "source",
         {"source": WORD, "batch_size": count(), "num_workers": WORKERS | NULL, "timeout": POSITIVE},
         STATISTICS,
         INHERITED,
+        LABELS,
     ),
     "model": OPTIONAL_MODEL,
+    "knn": {"k": several(count()), "temperature": POSITIVE},
+    "linear": {
+        "lrs": several(POSITIVE),
+        "optimizers": several(WORD),
+        "epochs": count(EPOCHS),
+        "batch_size": count(),
+    },
     "trainer": section_of(STRATEGIES, "strategy", DEVICES),
 }
 
@@ -288,12 +300,15 @@ EMBED: Section = {
     "images": TEXT,
     "out": TEXT | NULL,
     "features": WORD,
-    "image_size": IMAGE_SIZE | NULL,
-    "mean": MEAN | NULL,
-    "std": STD | NULL,
-    "batch_size": count(2**16) | NULL,
-    "num_workers": WORKERS | NULL,
-    "timeout": POSITIVE,
+    "data": {
+        "image_size": IMAGE_SIZE | NULL,
+        "mean": MEAN | NULL,
+        "std": STD | NULL,
+        "batch_size": count(2**16) | NULL,
+        "num_workers": WORKERS | NULL,
+        "timeout": POSITIVE,
+    },
+    "model": OPTIONAL_MODEL,
     "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
 }
 

@@ -1,24 +1,27 @@
 """What a stage of training takes over from the one before it: architecture, windows, pixel statistics, weights."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from simmim.command import Config
+import torch
+
+from simmim.command import Config, image_size_of
+from simmim.encoders import SwinTransformerV2, create_encoder
 from simmim.encoders.weights import load_encoder_weights, load_head, trained_windows
 from simmim.tasks.classification import Classification
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-"""Pixel statistics where neither config nor encoder says any."""
+log = logging.getLogger(__name__)
 
-IMAGE_SIZE = 192
-"""Pixels, likewise."""
+USUAL = {"image_size": 192, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+"""Pixels, and ImageNet's statistics of them, where neither config nor encoder says any."""
 
 
 def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
     """The config with everything that it leaves to the encoder.
 
     Args:
-        config: The composed `conf/finetune.yaml`, null where the encoder decides.
+        config: The composed config of a command with `model: pretrained`, null where the encoder decides.
         known: Metadata of the encoder (see `read_encoder_weights`), or None from scratch.
 
     Raises:
@@ -39,14 +42,32 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
     for key in model:
         if model[key] is None:
             model[key] = known["config"].get(key)
-    if data["channels"] is None:
+    if data.get("channels") is None:
         data["channels"] = known["config"]["in_channels"]
-    if data["image_size"] is None:
-        data["image_size"] = known["image_size"] or IMAGE_SIZE
-    for key, usual in IMAGENET.items():
+    missing = [key for key in USUAL if data[key] is None and not known[key]]
+    if missing and config["encoder"] is not None:
+        log.warning(
+            f"encoder={config['encoder']} does not say how its images were made: what is usual is taken, "
+            + " ".join(f"data.{key}={USUAL[key]}".replace(" ", "") for key in missing)
+        )
+    for key, usual in USUAL.items():
         if data[key] is None:
             data[key] = known[key] or usual
     return {**config, "model": model, "data": data}
+
+
+def open_encoder(config: Config) -> SwinTransformerV2:
+    """The encoder alone, with the weights of its file, at the size and with the windows of a filled-in config.
+
+    Raises:
+        ValueError: If the image size or the weights do not fit.
+    """
+    size = image_size_of(config)
+    with torch.device("meta"):  # the initial values are never computed
+        encoder = create_encoder(**config["model"], in_channels=config["data"]["channels"])
+    encoder.check_image_size(*size)
+    log.info(load_encoder_weights(encoder, Path(config["encoder"]), image_size=size))
+    return encoder
 
 
 def load_classifier(

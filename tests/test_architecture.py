@@ -17,15 +17,15 @@ MODULES = {
 NAMES = ("benchmark", "consolidate", "embed", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
 COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [
-    {"simmim.seeding", "simmim.masking", "simmim.run_folder", "simmim.targets"},
+    {"simmim.seeding", "simmim.masking", "simmim.probes", "simmim.run_folder", "simmim.targets"},
     {"simmim.checkpoint_files", "simmim.feature_files"},
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},
-    {"simmim.tasks", "simmim.probes"},
+    {"simmim.tasks"},
     {"simmim.measuring", "simmim.settings"},
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice
-    {"simmim.run", "simmim.stages"},
+    {"simmim.run", "simmim.stages", "simmim.embedding"},
     COMMANDS - {"simmim.plan"},
 ]
 HYDRA = {"hydra", "omegaconf"}

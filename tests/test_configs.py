@@ -30,7 +30,7 @@ RECIPES = {
 
 
 FINETUNED = (
-    *("finetune_", "transfer_", "supervised_", "pretrained"),
+    *("finetune_", "transfer_", "supervised_", "pretrained", "low_label"),
     *("position_bias_transfer", "tiny_imagenet_finetune", "tiny_imagenet_scratch"),
 )
 """How the choices that fine-tuning alone has begin."""
@@ -48,10 +48,11 @@ def test_every_choice_of_every_group_composes(group, choice):
         "webdataset": ["data.root='train-{000..004}.tar'"],
         "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
     }
-    root = ["data.root=photos"] if group == "experiment" and choice != "debug" else []
+    root = ["data.root=photos"] if group == "experiment" and choice not in ("debug", "low_label") else []
     command = "finetune" if choice.startswith(FINETUNED) else "pretrain"
     config = config_of(f"{group}={choice}", *needed.get(choice, []), *root, command=command)
-    assert choice in ("pretrained", "tiny_imagenet_finetune") or config["model"]["window_size"] > 0
+    inherited = ("pretrained", "low_label", "tiny_imagenet_finetune")
+    assert choice in inherited or config["model"]["window_size"] > 0
 
 
 def test_every_yaml_is_a_command_or_a_choice():

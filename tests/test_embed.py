@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from simmim import embed as module
+from simmim import embedding
 from simmim.command import compose_config
 from simmim.data.folder import FolderSource
 from simmim.data.transforms import centre_transform
 from simmim.embed import embed
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import load_encoder, load_encoder_weights, save_encoder
+from simmim.encoders.weights import load_encoder, load_encoder_weights, read_encoder_weights, save_encoder
 from simmim.feature_files import part_path, read_part, write_part
+from simmim.stages import fill_in, open_encoder
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
 IMAGES = 24
@@ -64,8 +67,21 @@ def dirty(photos, tmp_path):
 
 
 def run(encoder, images, out, *overrides):
-    overrides = [f"encoder={encoder}", f"images={images}", f"out={out}", "trainer=cpu", "num_workers=0", *overrides]
+    overrides = [
+        f"encoder={encoder}",
+        f"images={images}",
+        f"out={out}",
+        "trainer=cpu",
+        "data.num_workers=0",
+        *overrides,
+    ]
     return embed(compose_config("embed", overrides, output_dir=out.parent / "run"))
+
+
+def embedder_of(encoder, *overrides):
+    config = compose_config("embed", [f"encoder={encoder}", "images=unused", *overrides], output_dir=Path("unused"))
+    config = fill_in(config, read_encoder_weights(encoder)[1])
+    return embedding.create_embedder(config, open_encoder(config), pooled=True)
 
 
 def content(out):
@@ -87,8 +103,8 @@ def expected(encoder_file, photos, size=(16, 16)):
 
 def test_features_are_those_of_the_encoder_alone(encoder_file, photos, tmp_path):
     maps = expected(encoder_file, photos)
-    pooled = content(run(encoder_file, photos, tmp_path / "p.npz", "batch_size=5"))
-    patches = content(run(encoder_file.parent, photos, tmp_path / "m.npz", "features=patches", "batch_size=7"))
+    pooled = content(run(encoder_file, photos, tmp_path / "p.npz", "data.batch_size=5"))
+    patches = content(run(encoder_file.parent, photos, tmp_path / "m.npz", "features=patches", "data.batch_size=7"))
     assert pooled["features"].dtype == patches["features"].dtype == np.float32
     assert patches["features"].shape == (IMAGES, 4, 4, 32)
     np.testing.assert_allclose(patches["features"], maps, atol=2e-5)
@@ -120,7 +136,7 @@ def test_without_classes_there_are_no_labels_and_one_image_will_do(encoder_file,
 
 
 def test_what_cannot_be_read_is_left_out_and_listed(encoder_file, photos, dirty, tmp_path, caplog):
-    settings = ["batch_size=1", "features=patches"]
+    settings = ["data.batch_size=1", "features=patches"]
     clean = content(run(encoder_file, photos, tmp_path / "clean.npz", *settings))
     found = content(run(encoder_file, dirty, tmp_path / "dirty.npz", *settings))
     for key in ("paths", "features", "labels"):
@@ -142,15 +158,15 @@ def test_what_cannot_be_read_is_left_out_and_listed(encoder_file, photos, dirty,
 def test_killed_and_run_again_it_is_the_same_to_the_last_byte(encoder_file, dirty, tmp_path, monkeypatch):
     """A real process, killed once it has written two parts of thirteen."""
     monkeypatch.setattr(module, "PART_BATCHES", 1)
-    whole = run(encoder_file, dirty, tmp_path / "whole" / "features.npz", "batch_size=2", "features=patches")
+    whole = run(encoder_file, dirty, tmp_path / "whole" / "features.npz", "data.batch_size=2", "features=patches")
     out = tmp_path / "killed" / "features.npz"
     slow = (  # parts of one batch, and time to be killed in
         "import time, simmim.embed as m; m.PART_BATCHES = 1; write = m.write_part;"
         "m.write_part = lambda *a: (time.sleep(0.05), write(*a));"
         "m.command(m.embed)()"
     )
-    arguments = [f"encoder={encoder_file}", f"images={dirty}", f"out={out}", "batch_size=2", "features=patches"]
-    command = [sys.executable, "-c", slow, *arguments, "trainer=cpu", "num_workers=1"]
+    arguments = [f"encoder={encoder_file}", f"images={dirty}", f"out={out}", "data.batch_size=2", "features=patches"]
+    command = [sys.executable, "-c", slow, *arguments, "trainer=cpu", "data.num_workers=1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parts, deadline = out.with_name("features.npz.partial"), time.monotonic() + 100
     while not (parts / "part-00001.npz").exists() and time.monotonic() < deadline:
@@ -171,7 +187,7 @@ def test_killed_and_run_again_it_is_the_same_to_the_last_byte(encoder_file, dirt
 
 def test_ctrl_c_is_one_line_and_loses_no_whole_part(encoder_file, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART_BATCHES", 2)
-    out, settings = tmp_path / "features.npz", ["batch_size=4"]
+    out, settings = tmp_path / "features.npz", ["data.batch_size=4"]
 
     def pressed(out, number, part):
         if number == 2:
@@ -194,19 +210,19 @@ def test_killed_between_joining_and_clearing_up_it_ends_alike(encoder_file, phot
     out = tmp_path / "features.npz"
     with monkeypatch.context() as killed:
         killed.setattr("simmim.feature_files.discard", lambda out: None)
-        before = run(encoder_file, photos, out, "batch_size=4").read_bytes()
+        before = run(encoder_file, photos, out, "data.batch_size=4").read_bytes()
     for number in range(left, 3):
         part_path(out, number).unlink()
-    assert run(encoder_file, photos, out, "batch_size=4").read_bytes() == before
+    assert run(encoder_file, photos, out, "data.batch_size=4").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["features.npz"]
 
 
 def test_parts_of_another_length_are_not_gone_on_with(encoder_file, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("simmim.feature_files.discard", lambda out: None)
-    run(encoder_file, photos, tmp_path / "features.npz", "batch_size=4")
+    run(encoder_file, photos, tmp_path / "features.npz", "data.batch_size=4")
     monkeypatch.setattr(module, "PART_BATCHES", 2)
     with pytest.raises(ValueError, match=r"was begun with batches_a_part=16, now 2"):
-        run(encoder_file, photos, tmp_path / "features.npz", "batch_size=4")
+        run(encoder_file, photos, tmp_path / "features.npz", "data.batch_size=4")
 
 
 @pytest.mark.parametrize(
@@ -216,9 +232,9 @@ def test_parts_of_another_length_are_not_gone_on_with(encoder_file, photos, tmp_
             "features=patches",
             r"^out=.* was begun with features=pooled, now patches: give another out, or delete .*partial",
         ),
-        ("batch_size=8", r"was begun with batch_size=4, now 8"),
-        ("image_size=32", r"was begun with image_size=\[16, 16\], now \[32, 32\]"),
-        ("mean=0.5", r"was begun with mean=\[0\.5, 0\.4, 0\.3\], now \[0\.5, 0\.5, 0\.5\]"),
+        ("data.batch_size=8", r"was begun with data\.batch_size=4, now 8"),
+        ("data.image_size=32", r"was begun with data\.image_size=\[16, 16\], now \[32, 32\]"),
+        ("data.mean=0.5", r"was begun with data\.mean=\[0\.5, 0\.4, 0\.3\], now \[0\.5, 0\.5, 0\.5\]"),
         ("images", r"was begun with names_sha256=[0-9a-f]{64}, now "),
         ("weights", r"was begun with encoder_sha256=[0-9a-f]{64}, now "),
     ],
@@ -232,7 +248,7 @@ def test_parts_of_something_else_are_not_gone_on_with(encoder_file, dirty, tmp_p
 
     monkeypatch.setattr(module, "write_part", pressed)
     with pytest.raises(ValueError, match=r"^stopped after 0 whole parts"):
-        run(copy, dirty, out, "batch_size=4")
+        run(copy, dirty, out, "data.batch_size=4")
     if override == "images":
         (dirty / "a" / "000.jpg").unlink()
     elif override == "weights":
@@ -241,12 +257,12 @@ def test_parts_of_something_else_are_not_gone_on_with(encoder_file, dirty, tmp_p
         save_encoder(encoder, copy, image_size=(16, 16), mean=MEAN, std=STD)
     given = [override] if "=" in override else []
     with pytest.raises(ValueError, match=words):
-        run(copy, dirty, out, *(given if "batch_size" in override else ["batch_size=4", *given]))
+        run(copy, dirty, out, *(given if "data.batch_size" in override else ["data.batch_size=4", *given]))
 
 
 def test_another_size_keeps_the_windows_that_the_bias_was_trained_with(encoder_file, photos, tmp_path):
     """At 16 px the maps are 8 and 4 tokens wide, and so are the windows; at 32 px the second would be 8."""
-    found = content(run(encoder_file, photos, tmp_path / "32.npz", "image_size=32", "features=patches"))
+    found = content(run(encoder_file, photos, tmp_path / "32.npz", "data.image_size=32", "features=patches"))
     encoder = create_encoder("swinv2", window_size=8, pretrained_window_size=[8, 4], **WORDS).eval()
     load_encoder_weights(encoder, encoder_file, image_size=(32, 32))
     source, image = FolderSource(photos), None
@@ -254,24 +270,34 @@ def test_another_size_keeps_the_windows_that_the_bias_was_trained_with(encoder_f
     image = (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
         np.testing.assert_allclose(found["features"][3], encoder(image[None])[0], atol=2e-5)
-    wide = content(run(encoder_file, photos, tmp_path / "w.npz", "image_size=[16,32]", "features=patches"))
+    wide = content(run(encoder_file, photos, tmp_path / "w.npz", "data.image_size=[16,32]", "features=patches"))
     assert wide["features"].shape == (IMAGES, 4, 8, 32)
 
 
-def test_older_files_need_the_statistics(encoder_file, photos, tmp_path):
+def test_older_files_are_taken_as_usual_and_that_is_said_once(encoder_file, photos, tmp_path, caplog):
     old = tmp_path / "old.safetensors"
     with safe_open(encoder_file, framework="pt") as file:
         metadata = {key: value for key, value in file.metadata().items() if key not in ("mean", "std")}
         save_file({key: file.get_tensor(key) for key in file.keys()}, old, metadata)  # noqa: SIM118
-    with pytest.raises(
-        ValueError, match=r"^mean must be given: encoder=.*old\.safetensors .*data\.mean.*mean=\[0\.485"
-    ):
-        run(old, photos, tmp_path / "1.npz")
-    with pytest.raises(ValueError, match=r"^std must be given"):
-        run(old, photos, tmp_path / "1.npz", "mean=0.5")
-    given = content(run(old, photos, tmp_path / "old.npz", f"mean={MEAN}", f"std={STD}"))
-    own = content(run(encoder_file, photos, tmp_path / "new.npz"))
+    run(encoder_file, photos, tmp_path / "new.npz")
+    run(old, photos, tmp_path / "given.npz", f"data.mean={MEAN}", f"data.std={STD}")
+    assert "usual" not in caplog.text
+    own, given = content(tmp_path / "new.npz"), content(tmp_path / "given.npz")
     np.testing.assert_array_equal(given["features"], own["features"])
+    usual = content(run(old, photos, tmp_path / "old.npz"))
+    [line] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert line.endswith("usual is taken, data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]")
+    np.testing.assert_allclose(usual["mean"], [0.485, 0.456, 0.406])
+
+
+def test_the_keys_of_all_commands_reach_the_encoder(encoder_file, photos, tmp_path):
+    """Other windows change what is seen; another implementation of the attention does not."""
+    own, narrow, reference = (
+        content(run(encoder_file, photos, tmp_path / f"{number}.npz", *given))["features"]
+        for number, given in enumerate(([], ["model.window_size=4"], ["model.attention=reference"]))
+    )
+    np.testing.assert_allclose(reference, own, atol=2e-5)
+    assert np.abs(narrow - own).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -279,12 +305,12 @@ def test_older_files_need_the_statistics(encoder_file, photos, tmp_path):
     [
         ("features=tokens", r"^features=tokens is unknown: choose pooled or patches"),
         ("out=features.csv", r"^out=features\.csv must end in \.npz or \.parquet"),
-        ("image_size=30", r"^image_size=30x30: 30 px do not fit the encoder's patches of 2 px and windows of 8 tokens: "
-         r"the nearest that do are 16 or 32$"),
-        ("mean=[0.5,0.5]", r"^mean=\[0\.5, 0\.5\] has 2 values for 3 channels"),
+        ("data.image_size=30", r"^image size 30x30 px does not fit model\.patch_size=2 and model\.window_size=8: "
+         r"the nearest data\.image_size that do are 30 -> 16 or 32"),
+        ("data.mean=[0.5,0.5]", r"^data\.mean=\[0\.5, 0\.5\] has 2 values for data\.channels=3"),
         ("encoder=nowhere", r"^encoder=nowhere does not exist"),
         ("images=nowhere", r"^images=nowhere does not exist"),
-        ("batch_size=0", r"^batch_size=0 must be a whole number, positive"),
+        ("data.batch_size=0", r"^data\.batch_size=0 must be a whole number, positive"),
         ("trainer=ddp", r"^trainer\.strategy=ddp is unknown: choose one of single"),
         ("trainer.devices=2", r"^trainer\.devices=2 must be a whole number, positive, at most 1"),
     ],
@@ -313,12 +339,12 @@ def test_a_part_is_whole_batches_and_bounded(encoder_file, photos, tmp_path, mon
     sizes = []
     monkeypatch.setattr(module, "write_part", lambda *part: (sizes.append(part[2].features.nbytes), write_part(*part)))
     monkeypatch.setattr(module, "PART_BYTES", 4 * 4 * 4 * 32 * 9)  # nine images
-    run(encoder_file, photos, tmp_path / "f.npz", "features=patches", "batch_size=4")
+    run(encoder_file, photos, tmp_path / "f.npz", "features=patches", "data.batch_size=4")
     assert sizes == [4 * 4 * 4 * 32 * 8] * 3
 
 
 def test_memory_that_runs_out_halves_the_batch(encoder_file, photos, tmp_path, monkeypatch, caplog):
-    compute, seen = module.Embedder._compute, []
+    compute, seen = embedding.Embedder._compute, []
 
     def small(self, images):
         seen.append(len(images))
@@ -326,8 +352,8 @@ def test_memory_that_runs_out_halves_the_batch(encoder_file, photos, tmp_path, m
             raise torch.OutOfMemoryError("CUDA out of memory")
         return compute(self, images)
 
-    monkeypatch.setattr(module.Embedder, "_compute", small)
-    found = content(run(encoder_file, photos, tmp_path / "f.npz", "batch_size=13", "num_workers=1"))
+    monkeypatch.setattr(embedding.Embedder, "_compute", small)
+    found = content(run(encoder_file, photos, tmp_path / "f.npz", "data.batch_size=13", "data.num_workers=1"))
     assert seen == [13, 8, *[4] * 3, 1, *[4] * 2, 3]  # 13 and 11 images
     assert re.findall(r"out of memory: (\d+) images at once", caplog.text) == ["8", "4"]
     np.testing.assert_allclose(found["features"], expected(encoder_file, photos).mean((1, 2)), atol=2e-5)
@@ -335,18 +361,16 @@ def test_memory_that_runs_out_halves_the_batch(encoder_file, photos, tmp_path, m
     def none(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module.Embedder, "_compute", none)
-    with pytest.raises(ValueError, match=r"^out of memory with one image of 16x16 px: give a smaller image_size"):
-        run(encoder_file, photos, tmp_path / "g.npz", "batch_size=2")
+    monkeypatch.setattr(embedding.Embedder, "_compute", none)
+    with pytest.raises(ValueError, match=r"^out of memory with one image of 16x16 px: give a smaller data\.image_size"):
+        run(encoder_file, photos, tmp_path / "g.npz", "data.batch_size=2")
 
 
 @pytest.mark.parametrize(("free", "size"), [(None, 16), (1 << 40, 16), (2 * 96 * 64 * 16 * 5, 4), (1, 1)])
-def test_the_batch_on_a_cpu_fits_the_memory(encoder_file, monkeypatch, tmp_path, free, size):
+def test_the_batch_on_a_cpu_fits_the_memory(encoder_file, monkeypatch, free, size):
     """An image of 64 tokens of 16 channels is reckoned with 96 bytes each, and half of the memory may be taken."""
-    monkeypatch.setattr(module, "free_memory", lambda: free)
-    overrides = [f"encoder={encoder_file}", "images=unused", "trainer=cpu"]
-    embedder, _ = module.create_embedder(compose_config("embed", overrides, output_dir=tmp_path))
-    assert module.fitting_batch(embedder) == size
+    monkeypatch.setattr(embedding, "free_memory", lambda: free)
+    assert embedding.fitting_batch(embedder_of(encoder_file, "trainer=cpu")) == size
 
 
 @pytest.mark.gpu
@@ -357,7 +381,7 @@ def test_on_a_gpu_features_agree_with_the_cpu_and_the_batch_is_found(encoder_fil
         gpu = content(run(encoder_file, photos, out, *settings))["features"]
         assert gpu.dtype == np.float32
         np.testing.assert_allclose(gpu, cpu, atol=tolerance)
-    compute = module.Embedder._compute
+    compute = embedding.Embedder._compute
 
     torch.cuda.empty_cache()
     twelfth = torch.cuda.mem_get_info()[0] // 12
@@ -366,16 +390,14 @@ def test_on_a_gpu_features_agree_with_the_cpu_and_the_batch_is_found(encoder_fil
         torch.empty(len(images) * twelfth, dtype=torch.uint8, device="cuda")  # memory really runs out
         return compute(self, images)
 
-    monkeypatch.setattr(module.Embedder, "_compute", limited)
-    overrides = [f"encoder={encoder_file}", "images=unused", "trainer=gpu"]
-    embedder, _ = module.create_embedder(compose_config("embed", overrides, output_dir=tmp_path))
-    assert module.fitting_batch(embedder) == 8
+    monkeypatch.setattr(embedding.Embedder, "_compute", limited)
+    assert embedding.fitting_batch(embedder_of(encoder_file, "trainer=gpu")) == 8
 
 
 def test_parquet_has_a_row_an_image(encoder_file, photos, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow, the extra [parquet]")
     for features, shape in (("pooled", [32]), ("patches", [4, 4, 32])):
-        settings = ["batch_size=2", f"features={features}"]
+        settings = ["data.batch_size=2", f"features={features}"]
         table = parquet.read_table(run(encoder_file, photos, tmp_path / f"{features}.parquet", *settings))
         whole = content(run(encoder_file, photos, tmp_path / f"{features}.npz", *settings))
         facts = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items()}

@@ -66,7 +66,6 @@ class WatchedLoader(DataLoader[Any]):
         timeout: Seconds that a batch may take, where there are loader processes.
         num_workers: See `DataLoader`.
         collate_fn: See `DataLoader`.
-        section: Where the config keys `timeout` and `num_workers` stand, for messages.
         **options: See `DataLoader`.
     """
 
@@ -79,10 +78,9 @@ class WatchedLoader(DataLoader[Any]):
         timeout: float,
         num_workers: int,
         collate_fn: Callable[[Sequence[Any]], Any],
-        section: str = "data.",
         **options: Any,
     ) -> None:
-        self.notes, self.name, self.limit, self.section = notes, name, timeout, section
+        self.notes, self.name, self.limit = notes, name, timeout
         super().__init__(
             dataset,
             num_workers=num_workers,
@@ -139,14 +137,14 @@ class WatchedLoader(DataLoader[Any]):
         _kill(workers)
         what = "" if index is None else f": {self.name(index)} was being read for {seconds:.0f} s"
         return ValueError(
-            f"no batch came for {self.section}timeout={self.limit:g} s{what}: see that its disk answers, remove the "
-            f"image, or give a longer {self.section}timeout"
+            f"no batch came for data.timeout={self.limit:g} s{what}: see that its disk answers, remove the "
+            f"image, or give a longer data.timeout"
         )
 
     def _advice(self, exitcode: int | None) -> str:
         if exitcode == -signal.SIGBUS:
-            return f"shared memory ran out: fewer {self.section}num_workers, or more of it (docker run --shm-size=8g)"
-        return f"fewer {self.section}num_workers if memory ran out, else remove the image"
+            return "shared memory ran out: fewer data.num_workers, or more of it (docker run --shm-size=8g)"
+        return "fewer data.num_workers if memory ran out, else remove the image"
 
 
 def default_workers(*, on_gpu: bool) -> int:

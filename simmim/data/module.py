@@ -245,16 +245,20 @@ class ImageData(LightningDataModule):
         return self._loader(self.train_samples, stream)
 
     def val_dataloader(self) -> WatchedLoader:
-        """The same images with the same masks every time, dealt to the processes.
+        """The same images with the same masks every time, dealt to the processes."""
+        return self.batches_of(self.val_samples, range(len(self.val_samples)))
+
+    def batches_of(self, samples: ImageSamples, indices: Sequence[int]) -> WatchedLoader:
+        """Some images, each of them once, dealt to the processes.
 
         All processes get as many batches, since they compute together: one that has none left gets a filler.
         """
         assert self.trainer is not None
-        size, rank, world_size = len(self.val_samples), self.trainer.global_rank, self.trainer.world_size
-        own = [(0, index) for index in range(rank, size, world_size)]
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        own = [(0, index) for index in indices[rank::world_size]]
         batches = [own[at : at + self.batch_size] for at in range(0, len(own), self.batch_size)]
-        longest = math.ceil(math.ceil(size / world_size) / self.batch_size)
-        return self._loader(self.val_samples, batches + [[(FILLER, 0)]] * (longest - len(batches)))
+        longest = math.ceil(math.ceil(len(indices) / world_size) / self.batch_size)
+        return self._loader(samples, batches + [[(FILLER, 0)]] * (longest - len(batches)))
 
     def _loader(self, samples: ImageSamples, batches: Any) -> WatchedLoader:
         notes = Notes(self.num_workers)

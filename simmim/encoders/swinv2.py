@@ -388,7 +388,7 @@ class SwinTransformerV2(nn.Module):
         Raises:
             ValueError: With the nearest sizes that fit.
         """
-        bad = {size: self.nearest_sizes(size) for size in (height, width) if not self._fits(size)}
+        bad = {size: self._nearest_sizes(size) for size in (height, width) if not self._fits(size)}
         if bad:
             ways = "; ".join(f"{size} -> {' or '.join(map(str, near))}" for size, near in bad.items())
             raise ValueError(
@@ -435,8 +435,7 @@ class SwinTransformerV2(nn.Module):
         maps = (size // (self.patch_size * 2**stage) for stage in range(len(self.channels)))
         return all(length <= self.window_size or length % self.window_size == 0 for length in maps)
 
-    def nearest_sizes(self, size: int) -> list[int]:
-        """The next smaller and the next larger side in pixels that fit, of which the smaller may not exist."""
+    def _nearest_sizes(self, size: int) -> list[int]:
         period = self.stride * self.window_size  # every multiple of it fits
         candidates = [s for s in range(self.stride, size + period + 1, self.stride) if self._fits(s)]
         below = [s for s in candidates if s < size]

@@ -78,7 +78,7 @@ class MaskedImageModel(nn.Module):
         """What sharded training gathers one after the other: see `simmim.training.sharding.Shardable`."""
         return [*self.encoder.parts, self.head]
 
-    entries = ("reconstruct",)
+    entries = ("reconstruct", "pooled")
 
     def layer_of(self, name: str) -> int:
         """See `SwinTransformerV2.layer_of`; the head stands on top."""
@@ -108,6 +108,10 @@ class MaskedImageModel(nn.Module):
         predicted = self.head(features).view(-1, self.in_channels, self.side**2)  # (K, c, r * r)
         target = self.to_tokens(self.target(images))  # (B, h, w, c, r * r)
         return self.mean_error(predicted, target[at], counted[at])
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """What a classifier would see of normalised images (B, c, H, W), none of them hidden: (B, C)."""
+        return self.encoder(images).float().mean(dim=(1, 2))  # type: ignore[no-any-return]
 
     def mean_error(self, predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         """sum(error * counted) / (sum(counted) + 1e-5) / channels, in fp32."""
@@ -198,6 +202,11 @@ class Pretraining(Task):
         trivial = self.best.visible_mean_loss(images, mask)
         self.log("val_loss_visible_mean", trivial, batch_size=pixels, sync_dist=True)
         self.log("step", float(self.global_step), reduce_fx="max", sync_dist=True)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features of uint8 images (B, c, H, W): (B, C)."""
+        return self.best.pooled(self.normalize(images))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def panels(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -7,15 +7,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 from tqdm import tqdm
 
 from simmim.pictures import draw_confusion, draw_panels
+from simmim.probes import knn_accuracy
 from simmim.run_folder import append, shown, whole_file
-from simmim.training.ranks import total_over_ranks
+from simmim.training.ranks import rows_of_all_ranks, total_over_ranks
 
 log = logging.getLogger(__name__)
+
+NEIGHBOURS = 20
+"""Of kNN in a probe."""
+
+PROBED = 5000
+"""So many images of each set a probe looks at, at most."""
 
 
 class Progress(Callback):
@@ -118,6 +127,56 @@ class Reconstructions(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("reconstructions", [str(path)])
+
+
+class Probe(Callback):
+    """Tells classes by the encoder's pooled features after the validation of every so many epochs, and at the end.
+
+    The accuracy of nearest neighbours is logged as `val_knn`. It leaves the random numbers as they are: the run is the
+    same without it.
+
+    Args:
+        train: `ImageSamples` whose labels are learnt from, with the transform of the validation, without masks.
+        val: Those that are told, with labels of the same classes.
+        classes: Number of classes.
+        every_n_steps: Optimizer steps between two probes.
+
+    Raises:
+        ValueError: If there are fewer training images than neighbours.
+    """
+
+    def __init__(self, train: Any, val: Any, *, classes: int, every_n_steps: int) -> None:
+        if len(train) < NEIGHBOURS:
+            raise ValueError(
+                f"probe_every_n_epochs needs {NEIGHBOURS} training images, and there are {len(train)}: give null"
+            )
+        self.samples = (train, val)
+        self.classes = classes
+        self.every_n_steps = every_n_steps
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Embeds images of both sets, and counts."""
+        if trainer.global_step % self.every_n_steps and trainer.global_step < trainer.max_steps:
+            return
+        with torch.random.fork_rng(devices=[]):  # loaders draw a seed, of which nobody makes use
+            train, val = (self._embed(samples, trainer, pl_module) for samples in self.samples)
+        accuracy = knn_accuracy(*train, *val, k=NEIGHBOURS, classes=self.classes)[NEIGHBOURS]
+        pl_module.log("val_knn", accuracy, sync_dist=True)
+        log.info(
+            f"kNN {accuracy:.1%} of {len(val[0]):,} validation images, by {NEIGHBOURS} neighbours of {len(train[0]):,} "
+            "training images"
+        )
+
+    def _embed(self, samples: Any, trainer: Any, pl_module: Any) -> tuple[Tensor, Tensor]:
+        """Features (N, C) and labels (N), the same in all processes."""
+        indices = range(0, len(samples), math.ceil(len(samples) / PROBED))  # of folders, then, all classes
+        features, labels = [], []
+        for batch in trainer.datamodule.batches_of(samples, indices):
+            with trainer.precision_plugin.forward_context():
+                found = pl_module.features(batch["image"].to(pl_module.device))
+            features.append(found[batch["counts"]].float())
+            labels.append(batch["label"][batch["counts"]].to(pl_module.device))
+        return rows_of_all_ranks(trainer, torch.cat(features)), rows_of_all_ranks(trainer, torch.cat(labels))
 
 
 class ClassReport(Callback):

@@ -2,6 +2,8 @@
 
 import torch
 from lightning import Trainer
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 def total_over_ranks(trainer: Trainer, *numbers: float) -> list[float]:
@@ -11,3 +13,8 @@ def total_over_ranks(trainer: Trainer, *numbers: float) -> list[float]:
     own = torch.tensor(numbers, dtype=torch.float64, device=trainer.strategy.root_device)
     total: list[float] = trainer.strategy.reduce(own, reduce_op="sum").tolist()
     return total
+
+
+def rows_of_all_ranks(trainer: Trainer, rows: Tensor) -> Tensor:
+    """Rows (n, ...) of all processes below one another, (N, ...): of any number n, each calls it at the same point."""
+    return rows if trainer.world_size == 1 else torch.cat(gather_all_tensors(rows))
