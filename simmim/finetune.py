@@ -73,8 +73,14 @@ def _run(config: Config) -> dict[str, Any]:
     trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=[ClassReport(output_dir)])
     encoder, weights, head = task.best.encoder, gather(task.best.encoder), gather(task.best.head)
     if trainer.is_global_zero:
-        size = image_size_of(config)
-        save_encoder(encoder, output_dir / ENCODER, image_size=size, weights=weights, head=head, classes=task.classes)
+        save_encoder(
+            encoder,
+            output_dir / ENCODER,
+            image_size=image_size_of(config),
+            weights=weights,
+            head=head,
+            **{key: task.hparams[key] for key in ("classes", "mean", "std")},
+        )
     metrics = {key: float(trainer.callback_metrics[key]) for key in ("val_loss", "val_top1", "val_top5")}
     log.info(f"validation {task.describe(metrics)}, of {len(data.val_samples)} images")
     describe_unreadable(output_dir)
