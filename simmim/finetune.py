@@ -64,6 +64,11 @@ def _run(config: Config) -> dict[str, Any]:
     config = fill_in(config, known)
     task, data, length = build(config)
     if checkpoint is not None:
+        if length.total_steps == 0:
+            raise ValueError(
+                f"trainer.max_epochs=0 evaluates an encoder=… alone, and resume={config['resume']} continues a "
+                "training: give resume=null and another name=…"
+            )
         refuse_changed_settings(checkpoint, dict(task.hparams))
     elif known is not None:
         for said in load_classifier(task, Path(config["encoder"]), known, image_size=image_size_of(config)):

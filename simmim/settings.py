@@ -263,7 +263,7 @@ EVALUATE: Section = {
         INHERITED,
     ),
     "model": OPTIONAL_MODEL,
-    "trainer": section_of(STRATEGIES, "strategy", DEVICES),
+    "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
 }
 
 PLAN: Section = {

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.command import Config
+from simmim.encoders import SIZES
 from simmim.encoders.weights import load_encoder_weights, load_head, trained_windows
 from simmim.tasks.classification import Classification
 
@@ -12,6 +13,12 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 IMAGE_SIZE = 192
 """Pixels, likewise."""
+
+NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention", "position_bias")
+"""What every model must be told."""
+
+PUBLISHED = ("embed_dim", "depths", "num_heads", "extra_norm_every")
+"""What the name of a published size says."""
 
 
 def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
@@ -22,7 +29,7 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
         known: Metadata of the encoder (see `read_encoder_weights`), or None from scratch.
 
     Raises:
-        ValueError: If there is no encoder, and the config does not say what to build.
+        ValueError: If there is no encoder, and the config does not say, or only in part, what to build.
     """
     model, data = dict(config["model"]), dict(config["data"])
     if known is None:
@@ -37,8 +44,10 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
         if model["pretrained_window_size"] is None:
             model["pretrained_window_size"] = trained_windows(known)
     for key in model:
-        if model[key] is None:
+        if model[key] is None and not (key in PUBLISHED and model["name"] in SIZES):
             model[key] = known["config"].get(key)
+    if unsaid := [key for key in NEVER_NULL if model[key] is None]:
+        raise ValueError(f"model.{unsaid[0]}=null, and encoder=null has none: model=… says all, as model=swinv2_t")
     if data["channels"] is None:
         data["channels"] = known["config"]["in_channels"]
     if data["image_size"] is None:
