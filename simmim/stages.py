@@ -41,7 +41,9 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
         known = {"config": {"in_channels": 3}, "image_size": None, "windows": None, "mean": None, "std": None}
     else:
         model["name"] = model["name"] or "swinv2"
-        if model["pretrained_window_size"] is None:
+        depths = model["depths"] or SIZES.get(model["name"], known["config"])["depths"]
+        alike = len(depths) == len(known["config"]["depths"])  # else loading says what differs
+        if model["pretrained_window_size"] is None and alike:
             model["pretrained_window_size"] = trained_windows(known)
     for key in model:
         if model[key] is None and not (key in PUBLISHED and model["name"] in SIZES):

@@ -22,13 +22,14 @@ LOADING = ("data.num_workers=0", "trainer=cpu")
 
 
 def photos(root, names=None, count=6, seed=0):
-    """Noise of one colour each; `names` gives the folders other names than those of the colours."""
+    """Noise of one colour each, but for one astray; `names` gives the folders other names than those of the colours."""
     generator = torch.Generator().manual_seed(seed)
     for colour, name in (names or {colour: colour for colour in NAMES}).items():
         (root / str(name)).mkdir(parents=True)
         for number in range(count):
             noise = torch.randint(-30, 30, (40, 44, 3), generator=generator)
-            pixels = (torch.tensor(COLOURS[colour]) + noise).clamp(0, 255).to(torch.uint8)
+            shown = colour if number else NAMES[NAMES.index(colour) - 1]
+            pixels = (torch.tensor(COLOURS[shown]) + noise).clamp(0, 255).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / str(name) / f"{number}.png")
     return root
 
@@ -53,7 +54,7 @@ def finished(tmp_path_factory, images):
     """A classifier of colours, and what it ended with on `images`."""
     folder = tmp_path_factory.mktemp("colours")
     root = photos(folder / "train")
-    words = ["experiment=debug", "data=folder", f"data.root={root}", f"data.val_root={images}", "trainer.max_epochs=14",
+    words = ["experiment=debug", "data=folder", f"data.root={root}", f"data.val_root={images}", "trainer.max_epochs=5",
              "optimizer.base_lr=2e-1", "optimizer.layer_decay=1", "optimizer.ema_decay=0.9", "data.mean=[0.4,0.5,0.6]",
              "augmentation.randaugment=null", "augmentation.color_jitter=0", "augmentation.mixup=0",
              "augmentation.cutmix=0"]  # fmt: skip
@@ -63,7 +64,7 @@ def finished(tmp_path_factory, images):
 
 def test_it_gives_what_the_run_ended_with(finished, images, tmp_path):
     folder, summary = finished
-    assert 0.3 < summary["val_top1"]
+    assert 0.3 < summary["val_top1"] < 1
     for name, encoder in (("run", folder), ("checkpoint", list_checkpoints(folder)[-1])):
         result = run(tmp_path / name, encoder, images)
         assert result["images"] == 24
@@ -155,7 +156,8 @@ def test_what_cannot_be_evaluated_is_one_line(finished, images, tmp_path):
     pretrained = tmp_path / "pretrained"
     pretrain(compose_config("pretrain", ["experiment=debug", "trainer.max_steps=1"], output_dir=pretrained))
     other = photos(tmp_path / "other", {"red": "red", "blue": "violet"})
-    flat = photos(tmp_path / "flat", {"red": "."}) if (tmp_path / "flat").mkdir() else tmp_path / "flat"
+    flat = tmp_path / "flat"
+    flat.mkdir()
     Image.new("RGB", (8, 8)).save(flat / "0.png")
     cases = [
         (pretrained, images, [], r"^encoder=.* holds no classifier: fine-tune it first"),

@@ -329,8 +329,7 @@ def test_from_scratch_needs_a_model(tmp_path):
 
 def test_a_model_of_the_published_name_is_not_one_of_the_files_size(pretrained, tmp_path):
     with pytest.raises(ValueError, match=r"does not fit the model: it holds embed_dim=16 \(model: 96\)"):
-        run(tmp_path, f"encoder={pretrained}", "model=swinv2_t", "data.image_size=32", "model.window_size=4",
-            "model.pretrained_window_size=[4,4,2,1]")  # fmt: skip
+        run(tmp_path, f"encoder={pretrained}", "model=swinv2_t", "data.image_size=32", "model.window_size=4")
 
 
 def test_a_window_that_does_not_divide_is_refused(pretrained, tmp_path):
