@@ -27,7 +27,7 @@ from simmim.embedding import Embedder, create_embedder, crops_of, features_of, l
 from simmim.encoders import SwinTransformerV2
 from simmim.encoders.weights import read_encoder_weights
 from simmim.probes import HELD_OUT, OPTIMIZERS, feature_diagnostics, knn_accuracy, linear_probe
-from simmim.run import prepare_torch
+from simmim.run import describe_unreadable, explained, prepare_torch
 from simmim.run_folder import shown, whole_file
 from simmim.stages import fill_in, load_classifier, open_encoder
 from simmim.tasks.classification import Classification
@@ -60,7 +60,11 @@ def evaluate(config: Config) -> dict[str, Any]:
         ValueError: If the file holds no classifier and there is no probe, or the images are of other classes.
     """
     quieten_libraries()
-    prepare_torch(config)
+    with logging_redirect_tqdm(), explained(lambda: "it takes less with a smaller data.batch_size"):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
     path, output_dir = Path(config["encoder"]), Path(config["output_dir"])
     known = read_encoder_weights(path)[1]
     if config["probe"] is not None:
@@ -68,11 +72,41 @@ def evaluate(config: Config) -> dict[str, Any]:
     if known["head"] is None:
         raise ValueError(f"encoder={path} holds no classifier: fine-tune it first, or give probe=knn or probe=linear")
     config = fill_in(config, known)
+    task, data, matched = build(config, known["classes"])
+    for report in filter(None, (*load_classifier(task, path, known, image_size=image_size_of(config)), matched)):
+        log.info(report)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        accelerator=config["trainer"]["accelerator"],
+        devices=1,
+        precision=precision_of(config),
+        logger=False,
+        callbacks=[
+            ClassReport(output_dir),
+            UnreadableImages(
+                output_dir / "bad_images.txt",
+                on_error=config["data"]["on_error"],
+                max_fraction=config["data"]["max_bad_fraction"],
+            ),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=output_dir,
+    )
+    trainer.validate(task, data, verbose=False)
+    metrics = {key: float(trainer.callback_metrics[f"val_{key}"]) for key in ("loss", "top1", "top5")}
+    describe_unreadable(output_dir)
+    return _report(config, task, {"images": len(data.val_samples), **metrics}, output_dir)
+
+
+def build(config: Config, classes: list[str]) -> tuple[Classification, ImageData, str]:
+    """The task, the images, and how their labels were matched with the classes; all settings checked."""
+    prepare_torch(config)
     image_size, data_config = image_size_of(config), config["data"]
     source = create_source(data_config, image_size)
     check_labels(source, key="data.root")
-    source, matched = match_labels(source, known["classes"], key="data.root")
-    statistics = per_channel(data_config)
+    source, matched = match_labels(source, classes, key="data.root")
+    statistics: dict[str, Any] = dict(per_channel(data_config))
     transform = centre_transform(image_size, share=data_config["test_crop"], interpolation=data_config["interpolation"])
     data = ImageData(
         (source, source),
@@ -85,7 +119,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     )
     task = Classification(
         model={**config["model"], "in_channels": data_config["channels"]},
-        classes=known["classes"],
+        classes=classes,
         image_size=list(image_size),
         label_smoothing=0,
         mixing={"mixup": 0, "cutmix": 0, "switch": 0},
@@ -96,30 +130,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         **statistics,
     )
     task.network.encoder.check_image_size(*image_size)
-    for report in filter(None, (*load_classifier(task, path, known, image_size=image_size), matched)):
-        log.info(report)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
-        accelerator=config["trainer"]["accelerator"],
-        devices=1,
-        precision=precision_of(config),
-        logger=False,
-        callbacks=[
-            ClassReport(output_dir),
-            UnreadableImages(
-                output_dir / "bad_images.txt",
-                on_error=data_config["on_error"],
-                max_fraction=data_config["max_bad_fraction"],
-            ),
-        ],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=output_dir,
-    )
-    with logging_redirect_tqdm():
-        trainer.validate(task, data, verbose=False)
-    metrics = {key: float(trainer.callback_metrics[f"val_{key}"]) for key in ("loss", "top1", "top5")}
-    return _report(config, task, {"images": len(source), **metrics}, output_dir)
+    return task, data, matched
 
 
 def _report(config: Config, task: Classification, result: dict[str, Any], output_dir: Path) -> dict[str, Any]:
@@ -127,7 +138,8 @@ def _report(config: Config, task: Classification, result: dict[str, Any], output
     top5 = f", top-5 {result['top5']:.2%}" if len(task.classes) > 5 else ""
     shape = _shape(config, task.network.encoder)
     log.info(f"top-1 {result['top1']:.2%}{top5} of {result['images']} images at {shape}")
-    log.info(f"done: {shown(output_dir)}/result.json, classes.csv and confusion.png")
+    confusion = "" if task.confusion is None else ", confusion.png"
+    log.info(f"done: {shown(output_dir)}/result.json, classes.csv{confusion}")
     return result
 
 

@@ -64,6 +64,11 @@ def _run(config: Config) -> dict[str, Any]:
     config = fill_in(config, known)
     task, data, length = build(config)
     if checkpoint is not None:
+        if length.total_steps == 0:
+            raise ValueError(
+                f"trainer.max_epochs=0 evaluates an encoder=… alone, and resume={config['resume']} continues a "
+                "training: give resume=null and another name=…"
+            )
         refuse_changed_settings(checkpoint, dict(task.hparams))
     elif known is not None:
         for said in load_classifier(task, Path(config["encoder"]), known, image_size=image_size_of(config)):
@@ -73,9 +78,14 @@ def _run(config: Config) -> dict[str, Any]:
     trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=[ClassReport(output_dir)])
     encoder, weights, head = task.best.encoder, gather(task.best.encoder), gather(task.best.head)
     if trainer.is_global_zero:
-        statistics = {key: task.hparams[key] for key in ("mean", "std")}
-        path, size = output_dir / ENCODER, image_size_of(config)
-        save_encoder(encoder, path, image_size=size, weights=weights, head=head, classes=task.classes, **statistics)
+        save_encoder(
+            encoder,
+            output_dir / ENCODER,
+            image_size=image_size_of(config),
+            weights=weights,
+            head=head,
+            **{key: task.hparams[key] for key in ("classes", "mean", "std")},
+        )
     metrics = {key: float(trainer.callback_metrics[key]) for key in ("val_loss", "val_top1", "val_top5")}
     log.info(f"validation {task.describe(metrics)}, of {len(data.val_samples)} images")
     describe_unreadable(output_dir)

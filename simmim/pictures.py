@@ -92,10 +92,10 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
+    names = [_drawable(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…") for name in classes]
     size = max(3.0, min(9.0, 260 / count))  # points
-    axis.set_xticks(range(count), names, rotation=90, fontsize=size)
-    axis.set_yticks(range(count), names, fontsize=size)
+    axis.set_xticks(range(count), names, rotation=90, fontsize=size, parse_math=False)  # a $ is no formula
+    axis.set_yticks(range(count), names, fontsize=size, parse_math=False)
     axis.set_xlabel("taken for")
     axis.set_ylabel("is")
     axis.set_title(title, fontsize=9)
@@ -150,3 +150,8 @@ def draw_position_bias(
         figure.supxlabel(caption, fontsize=8, color="0.35")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _drawable(name: str) -> str:
+    """A name of any bytes as letters; what is none becomes a question mark."""
+    return name.encode("utf-8", "replace").decode("utf-8")

@@ -181,8 +181,17 @@ def explained(advise: Callable[[], str]) -> Iterator[None]:
 
 
 def run_length(config: Config, images: int) -> Length:
-    """Counts a run over so many training images in optimizer steps."""
+    """Counts a run over so many training images in optimizer steps.
+
+    Raises:
+        ValueError: If it shall have steps, but no epochs.
+    """
     trainer = config["trainer"]
+    if trainer["max_epochs"] == 0 and trainer["max_steps"]:
+        raise ValueError(
+            f"trainer.max_epochs=0 evaluates alone, and trainer.max_steps={trainer['max_steps']} trains: give one of "
+            "them"
+        )
     images_per_step = config["data"]["batch_size"] * accumulation(config) * world_size(config)
     steps_per_epoch = max(1, round(images / images_per_step))
     total_steps = trainer["max_steps"] or round(trainer["max_epochs"] * steps_per_epoch)

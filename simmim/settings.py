@@ -275,7 +275,7 @@ EVALUATE: Section = {
         "epochs": count(EPOCHS),
         "batch_size": count(),
     },
-    "trainer": section_of(STRATEGIES, "strategy", DEVICES),
+    "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
 }
 
 PLAN: Section = {

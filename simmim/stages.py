@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from simmim.command import Config, image_size_of
-from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.encoders import SIZES, SwinTransformerV2, create_encoder
 from simmim.encoders.weights import load_encoder_weights, load_head, trained_windows
 from simmim.tasks.classification import Classification
 
@@ -15,6 +15,12 @@ log = logging.getLogger(__name__)
 
 USUAL = {"image_size": 192, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """Pixels, and ImageNet's statistics of them, where neither config nor encoder says any."""
+
+NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention", "position_bias")
+"""What every model must be told."""
+
+PUBLISHED = ("embed_dim", "depths", "num_heads", "extra_norm_every")
+"""What the name of a published size says."""
 
 
 def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
@@ -25,7 +31,7 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
         known: Metadata of the encoder (see `read_encoder_weights`), or None from scratch.
 
     Raises:
-        ValueError: If there is no encoder, and the config does not say what to build.
+        ValueError: If there is no encoder, and the config does not say, or only in part, what to build.
     """
     model, data = dict(config["model"]), dict(config["data"])
     if known is None:
@@ -37,11 +43,15 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
         known = {"config": {"in_channels": 3}, "image_size": None, "windows": None, "mean": None, "std": None}
     else:
         model["name"] = model["name"] or "swinv2"
-        if model["pretrained_window_size"] is None:
+        depths = model["depths"] or SIZES.get(model["name"], known["config"])["depths"]
+        alike = len(depths) == len(known["config"]["depths"])  # else loading says what differs
+        if model["pretrained_window_size"] is None and alike:
             model["pretrained_window_size"] = trained_windows(known)
     for key in model:
-        if model[key] is None:
+        if model[key] is None and not (key in PUBLISHED and model["name"] in SIZES):
             model[key] = known["config"].get(key)
+    if unsaid := [key for key in NEVER_NULL if model[key] is None]:
+        raise ValueError(f"model.{unsaid[0]}=null, and encoder=null has none: model=… says all, as model=swinv2_t")
     if data.get("channels") is None:
         data["channels"] = known["config"]["in_channels"]
     missing = [key for key in USUAL if data[key] is None and not known[key]]

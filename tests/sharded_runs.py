@@ -1,11 +1,12 @@
 """Trains several runs, one after the other, in the processes that torchrun started.
 
-    torchrun --nproc-per-node 2 sharded_runs.py <folder> '{"<name>": ["<override>", ...], ...}'
+    torchrun --nproc-per-node 2 sharded_runs.py <folder> '{"<name>": ["<override>", ...], ...}' [finetune]
 
 Besides its run folder each run leaves `<name>.<rank>.json`: what this process holds of the parameters and of the
 optimizer's state, as shares of the whole, and how often gradients were sent.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import simmim.pretrain
 from simmim.command import compose_config
 
 
@@ -36,19 +36,20 @@ def share(tensors):
     return own / sum(t.numel() for t in tensors)
 
 
-def main(folder, runs):
+def main(folder, runs, command="pretrain"):
     folder, built = Path(folder), {}
-    build = simmim.pretrain.build
+    module = importlib.import_module(f"simmim.{command}")
+    build = module.build
 
     def watched(config):
         built["task"], data, length = build(config)
         return built["task"], data, length
 
-    simmim.pretrain.build = watched
+    module.build = watched
     for name, overrides in json.loads(runs).items():
-        config = compose_config("pretrain", ["experiment=debug", *overrides], output_dir=folder / name)
+        config = compose_config(command, ["experiment=debug", *overrides], output_dir=folder / name)
         with Sent() as sent:
-            simmim.pretrain.pretrain(config)
+            getattr(module, command)(config)
         task = built["task"]
         facts = {
             "parameters": share(task.network.parameters()),

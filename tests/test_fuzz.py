@@ -10,10 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import simmim.evaluate
+import simmim.finetune
 from simmim.benchmark import work_of
-from simmim.command import USER_ERRORS, compose_config, explain
+from simmim.command import USER_ERRORS, compose_config, explain, image_size_of
+from simmim.data.synthetic import SyntheticSource
+from simmim.encoders import create_encoder
+from simmim.encoders.weights import read_encoder_weights, save_encoder
 from simmim.pretrain import build
 from simmim.run import create_trainer
+from simmim.stages import fill_in, load_classifier
 
 VARIANTS = {
     "debug": ("pretrain", ["experiment=debug"]),
@@ -22,11 +28,15 @@ VARIANTS = {
     "folder": ("pretrain", ["data=folder", "data.root={photos}", "data.num_workers=0", "trainer=cpu"]),
     "reconstruct": ("reconstruct", ["encoder=nowhere", "images=nowhere"]),
     "embed": ("embed", ["encoder=nowhere", "images=nowhere", "trainer=cpu"]),
+    "finetune": ("finetune", ["encoder={encoder}", "data.num_workers=0", "trainer=cpu"]),
+    "scratch": ("finetune", ["experiment=debug"]),
+    "evaluate": ("evaluate", ["encoder={encoder}", "data.num_workers=0", "trainer=cpu"]),
     "prepare": ("prepare", ["data.root={photos}", "out=copy"]),
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
 EXAMPLES = {
-    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "prepare": 10, "benchmark": 15,
+    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
+    "evaluate": 20, "prepare": 10, "benchmark": 15,
 }  # fmt: skip
 
 VALUES = [
@@ -44,6 +54,20 @@ def photos(tmp_path_factory):
     for number in range(8):
         Image.new("RGB", (40, 40), (number * 30, 0, 90)).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def places(photos, tmp_path_factory):
+    """What the variants name: photographs, and the file of a classifier of the synthetic classes."""
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    encoder = create_encoder(
+        "swinv2", embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2], extra_norm_every=0, window_size=4
+    )
+    head = torch.nn.Linear(32, 10).state_dict()
+    classes = SyntheticSource(1, (8, 8)).classes
+    statistics = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    save_encoder(encoder, path, image_size=(32, 32), head=head, classes=classes, **statistics)
+    return {"photos": photos, "encoder": path}
 
 
 def typed(value):
@@ -79,7 +103,8 @@ def same(value, given_value):
 @functools.cache
 def keys_of(variant):
     name, overrides = VARIANTS[variant]
-    config = compose_config(name, [word.format(photos="photos") for word in overrides], output_dir=Path("unused"))
+    words = [word.format(photos="photos", encoder="encoder") for word in overrides]
+    config = compose_config(name, words, output_dir=Path("unused"))
     return sorted(key for key, _ in flat(config) if key != "output_dir")
 
 
@@ -113,9 +138,30 @@ def start(variant, words, folder):
         task.configure_optimizers()
         if config["logger"]["name"] == "csv":
             create_trainer(config, length, callbacks=[], resumed_step=0)
+    elif name in ("finetune", "evaluate"):
+        start_classifier(name, config)
     elif name == "benchmark":
         work_of(config)
     return config
+
+
+def start_classifier(name, config):
+    encoder = config["encoder"] and Path(config["encoder"])
+    known = encoder and read_encoder_weights(encoder)[1]
+    filled = fill_in(config, known)
+    if name == "evaluate":
+        task, data, _ = simmim.evaluate.build(filled, known["classes"])
+    else:
+        task, data, length = simmim.finetune.build(filled)
+        task.configure_optimizers()
+        if config["logger"]["name"] == "csv":
+            create_trainer(filled, length, callbacks=[], resumed_step=0)
+    if known:
+        load_classifier(task, encoder, known, image_size=image_size_of(filled))
+    if max(image_size_of(filled)) <= 64:
+        samples = [samples[(0, 0)] for samples in (data.train_samples, data.val_samples)]
+        assert task.normalize(samples[0]["image"]).isfinite().all()
+        assert task.mix is None or task.mix(samples[0]["image"][None].float(), torch.zeros(1, dtype=torch.int64))
 
 
 @pytest.fixture(autouse=True)
@@ -125,9 +171,9 @@ def _flags():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_setting_is_taken_as_given_or_refused_in_one_line(variant, photos, tmp_path):
+def test_every_setting_is_taken_as_given_or_refused_in_one_line(variant, places, tmp_path):
     name, base = VARIANTS[variant]
-    base = [word.format(photos=photos) for word in base]
+    base = [word.format(**places) for word in base]
     known = set(keys_of(variant))
 
     @settings(max_examples=EXAMPLES[variant], deadline=None, derandomize=True, database=None)

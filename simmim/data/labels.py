@@ -1,6 +1,5 @@
 """Labels of an image source: whether a task can learn from them, and a part of them."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def check_labels(source: Any, *, key: str) -> None:
     Raises:
         ValueError: If there are no labels, or one class only, or a class without images.
     """
-    _check_labelled(source, key)
+    _require_labels(source, key)
     if len(source.classes) == 1:
         raise ValueError(f"{key}: there is one class only ({source.classes[0]}), and nothing to tell apart")
     files = source.source if isinstance(source, InMemory) else source
@@ -78,7 +77,7 @@ def match_labels(source: Any, classes: list[str], *, key: str) -> tuple[Any, str
     Raises:
         ValueError: If it has no labels, or a class of it is not among them.
     """
-    _check_labelled(source, key)
+    _require_labels(source, key)
     if source.classes == classes:
         return source, ""
     known = {name: number for number, name in enumerate(classes)}
@@ -112,11 +111,11 @@ def take_fraction(source: Any, fraction: float) -> Any:
     chosen: list[int] = []
     for indices in members.values():
         drawn = sorted(indices, key=lambda index: derive_seed("label fraction", index))
-        chosen += drawn[: math.ceil(fraction * len(indices))]
+        chosen += drawn[: max(1, round(fraction * len(indices)))]
     return Labelled(source, sorted(chosen), classes=source.classes, labels=range(len(source.classes)))
 
 
-def _check_labelled(source: Any, key: str) -> None:
+def _require_labels(source: Any, key: str) -> None:
     if not source.classes:
         raise ValueError(
             f"{key}: these images have no labels: put those of each class into a folder of its own, named after it"

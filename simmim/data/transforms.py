@@ -38,8 +38,7 @@ def pretraining_transform(
     Raises:
         ValueError: If a range is empty or not positive, or the interpolation is unknown.
     """
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"data.interpolation={interpolation} is unknown: choose bilinear or bicubic")
+    _check_interpolation(interpolation)
     for key, (low, high) in {"crop_scale": crop_scale, "crop_ratio": crop_ratio}.items():
         if not 0 < low <= high:
             raise ValueError(f"data.{key}=[{low}, {high}] must be positive, the smaller number first")
@@ -86,7 +85,7 @@ def finetuning_transform(
         ValueError: If a range is empty or not positive, or the number of channels does not suit RandAugment.
     """
     crop = pretraining_transform(image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, interpolation=interpolation)
-    if len(mean) not in (1, 3) and (randaugment or color_jitter):
+    if len(mean) not in (1, 3) and (randaugment is not None or color_jitter):
         raise ValueError(
             f"data.channels={len(mean)}: colours are changed in images of 1 or 3 channels alone: give "
             "augmentation.randaugment=null augmentation.color_jitter=0"
@@ -152,7 +151,11 @@ def centre_transform(image_size: tuple[int, int], *, share: float = 1.0, interpo
         image_size: Height and width of the result in pixels.
         share: Side of the part, of the largest that there is: 0.875 is the usual 224 out of 256 px.
         interpolation: "bilinear" or "bicubic".
+
+    Raises:
+        ValueError: If the interpolation is unknown.
     """
+    _check_interpolation(interpolation)
     return partial(_crop_centre, image_size=image_size, share=share, interpolation=interpolation)
 
 
@@ -184,6 +187,11 @@ def random_box(height: int, width: int, crop_scale: Sequence[float], crop_ratio:
             return top, int(torch.randint(0, width - w + 1, (1,))), h, w
     h, w = min(height, round(width / crop_ratio[0])), min(width, round(height * crop_ratio[1]))
     return (height - h) // 2, (width - w) // 2, max(1, h), max(1, w)
+
+
+def _check_interpolation(interpolation: str) -> None:
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"data.interpolation={interpolation} is unknown: choose bilinear or bicubic")
 
 
 def _crop_and_flip(

@@ -275,7 +275,8 @@ def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[st
             f"The classifier of {len(classes)} classes ({', '.join(classes[:3])}, …) starts anew: the file's is of "
             f"{len(metadata['classes'])} others ({', '.join(metadata['classes'][:3])}, …), and was dropped."
         )
-    head.load_state_dict({key: value.to(torch.float32) for key, value in metadata["head"].items()}, assign=True)
+    own = {key: value.to(torch.float32, copy=True) for key, value in metadata["head"].items()}
+    head.load_state_dict(own, assign=True)  # copies: a running average must not be the weights that it follows
     return f"The classifier of {len(classes)} classes was kept: they are the same."
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassStatScores
 
 from simmim.data.transforms import create_mixing
@@ -73,6 +74,7 @@ class Classification(Task):
         **training: See `Task`.
 
     Attributes:
+        val_loss: Mean of the last validation.
         stats: Counts of the last validation: hits and images of each class.
         confusion: How often images of one class (rows) were taken for another; None where there are too many.
     """
@@ -97,6 +99,7 @@ class Classification(Task):
         self.save_hyperparameters()
         self.classes = classes
         self.mix = create_mixing(count, **mixing)
+        self.val_loss = MeanMetric()  # Lightning's own mean rounds the images that a process has on average
         self.stats = MulticlassStatScores(count, average="none")
         self.top5 = MulticlassAccuracy(count, top_k=min(5, count), average="micro")
         self.confusion = MulticlassConfusionMatrix(count) if count <= MOST_CONFUSED else None
@@ -112,22 +115,22 @@ class Classification(Task):
         """The loss, without smoothing, and what the metrics count."""
         counts, labels = batch["counts"], batch["label"][batch["counts"]]
         logits = self.best.logits(self.normalize(batch["image"])).float()[counts]  # (B, N), fillers left out
-        loss = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
-        self.log("val_loss", loss, batch_size=len(labels), sync_dist=True)
         self.log("step", float(self.global_step), reduce_fx="max", sync_dist=True)
         if len(labels):
+            self.val_loss.update(F.cross_entropy(logits, labels), weight=len(labels))
             for metric in filter(None, (self.stats, self.top5, self.confusion)):
                 metric.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Top-1 and top-5 accuracy, over all processes."""
+        """Loss, top-1 and top-5 accuracy, over all processes."""
+        self.log("val_loss", self.val_loss.compute())
         hits, images = self.hits_and_images()
         self.log("val_top1", hits.sum() / images.sum())
         self.log("val_top5", self.top5.compute())
 
     def on_validation_epoch_start(self) -> None:
         """Counts anew."""
-        for metric in filter(None, (self.stats, self.top5, self.confusion)):
+        for metric in filter(None, (self.val_loss, self.stats, self.top5, self.confusion)):
             metric.reset()
 
     def hits_and_images(self) -> tuple[Tensor, Tensor]:

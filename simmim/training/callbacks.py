@@ -198,7 +198,10 @@ class ClassReport(Callback):
         table = self.folder / "classes.csv"
         picture = self.folder / "confusion.png"
         try:
-            with whole_file(table) as temporary, temporary.open("w", newline="") as file:
+            with (
+                whole_file(table) as temporary,
+                temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+            ):
                 writer = csv.writer(file)
                 writer.writerow(["class", "images", "top1"])
                 for name, hit, count in zip(pl_module.classes, hits, images, strict=True):
