@@ -91,7 +91,8 @@ def _run(config: Config) -> dict[str, Any]:
     describe_unreadable(output_dir)
     folder = shown(output_dir)
     log.info(f"classes    {folder}/classes.csv" + (f", {folder}/confusion.png" if task.confusion is not None else ""))
-    log.info(f"done: {folder}; next: python -m simmim.finetune stage=transfer_384 encoder={folder}")
+    images = "" if config["data"]["source"] == "synthetic" else f" data={config['data']['source']} data.root=<images>"
+    log.info(f"done: {folder}; next: python -m simmim.evaluate encoder={folder}{images}")
     return {"step": trainer.global_step, **metrics}
 
 

@@ -100,7 +100,7 @@ def _synthetic(config: dict[str, Any], image_size: tuple[int, int], part: str) -
 
 def _open_files(config: dict[str, Any], image_size: tuple[int, int], root: str = "root") -> FileSource:
     if config["source"] not in FILE_SOURCES:
-        raise ValueError(f"data.source={config['source']} is unknown: choose synthetic, {', '.join(FILE_SOURCES)}")
+        raise ValueError(f"data.source={config['source']} is unknown: choose synthetic, folder, shards or webdataset")
     files = FILE_SOURCES[config["source"]](config[root], channels=config["channels"], key=f"data.{root}")
     if isinstance(files, ShardSource) and files.short_side < min(image_size):
         log.warning(
