@@ -67,7 +67,8 @@ def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
         ValueError: If a value is missing, or is not what `simmim.settings` says of it; if there are several roots.
     """
     for key in ("data.root", "data.val_root"):
-        if len({word for word in overrides if word.startswith(f"{key}=")}) > 1:
+        given = {word for word in overrides if word.startswith(f"{key}=")}
+        if len(given) > 1 and OmegaConf.select(config, "data.source") == "webdataset":
             raise ValueError(
                 f"{key} is given more than once, as a shell makes it of {{…}}: a pattern needs quotes inside quotes, "
                 f"\"{key}='train-{{000..004}}.tar'\""

@@ -17,6 +17,12 @@ from simmim.data.transforms import centre_transform, pretraining_transform
 from simmim.masking import Masking
 
 
+@pytest.fixture(autouse=True)
+def no_handler_of_others():
+    """A loader that nobody watches, of another test in this process, leaves PyTorch's handler behind."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def data_from(source, *, workers=2, timeout=60, num_batches=40, on_gpu=False):
     data = ImageData(
         (source, source),
