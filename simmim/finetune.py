@@ -87,7 +87,7 @@ def _run(config: Config) -> dict[str, Any]:
             **{key: task.hparams[key] for key in ("classes", "mean", "std")},
         )
     metrics = {key: float(trainer.callback_metrics[key]) for key in ("val_loss", "val_top1", "val_top5")}
-    log.info(f"validation {task.describe(metrics)}, of {len(data.val_samples)} images")
+    log.info(f"validated  {task.describe(metrics)}, of {len(data.val_samples)} images")
     describe_unreadable(output_dir)
     folder = shown(output_dir)
     log.info(f"classes    {folder}/classes.csv" + (f", {folder}/confusion.png" if task.confusion is not None else ""))
