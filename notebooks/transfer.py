@@ -110,7 +110,8 @@ display(Image(work / "bias.png"))
 #
 # Nothing is trained here: the same classifier looks at larger images. Its windows either grow with the image, and the
 # bias is read outside of the square, or stay as they are, and a token sees a smaller part of the image than it is used
-# to. A loss at larger sizes is what a short fine-tuning there has to make good (`stage=transfer_384` and the like);
+# to. A run without `data.val_root` is counted on all images of its `data.root`, those that it was trained on among
+# them. A loss at larger sizes is what a short fine-tuning there has to make good (`stage=transfer_384` and the like);
 # `benchmarks/position_bias.py` compares the three kinds of bias this way.
 
 # %%

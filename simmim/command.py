@@ -52,7 +52,7 @@ def compose_config(name: str, overrides: list[str], *, output_dir: Path) -> Conf
         overrides: As on the command line: `["model=swinv2_t", "trainer.max_steps=10"]`.
         output_dir: The run folder.
     """
-    _check_choices(overrides)
+    _check_choices(overrides, name)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose(name, overrides=overrides)
@@ -136,7 +136,7 @@ def command(function: Callable[[Config], Any], *, positional: str | None = None)
         logging.raiseExceptions = False  # a run.log for which there is no room ends no run, and prints no traceback
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
         try:
-            _check_choices(sys.argv[1:])
+            _check_choices(sys.argv[1:], name)
             run()
         except USER_ERRORS as error:  # before a job began: the config does not compose
             if traceback:
@@ -150,15 +150,20 @@ def command(function: Callable[[Config], Any], *, positional: str | None = None)
     return main
 
 
-def _check_choices(words: list[str]) -> None:
-    """Refuses for a group what is no name at all, on which Hydra would fail with an error of its own."""
+def _check_choices(words: list[str], name: str) -> None:
+    """Refuses another command's stages, and for a group what is no name, on which Hydra would fail in its own words."""
+    pretraining = name in ("pretrain", "plan")
     for word in words:
-        group = word.partition("=")[0]
+        group, _, choice = word.partition("=")
+        if group == "stage" and choice != "null" and choice.startswith("pretrain") != pretraining:
+            raise ValueError(
+                f"{word} is no stage of simmim.{name}: pretrain_192 is pretraining's, all others follow it"
+            )
         if group and group != word and (config_folder() / group).is_dir():
             override = OverridesParser.create().parse_override(word)
             value = override.value()
-            name = isinstance(value, str) and re.search(r"\w", value) is not None
-            if not name and not isinstance(value, dict) and not override.is_sweep_override():
+            named = isinstance(value, str) and re.search(r"\w", value) is not None
+            if not named and not isinstance(value, dict) and not override.is_sweep_override():
                 raise ValueError(f"{word} is unknown: choose one of {', '.join(_choices(group))}")
 
 

@@ -29,7 +29,7 @@ from simmim.feature_files import (
     unreadable_images,
     write_part,
 )
-from simmim.run_folder import shown
+from simmim.run_folder import UNREADABLE, shown
 from simmim.stages import fill_in, open_encoder
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def embed(config: Config) -> Path:
     done, parts = claim(out, settings_of(config, embedder, source, images)), split(len(source), embedder)
     make_parts(out, parts, done, embedder, source, config)
     unreadable = unreadable_images(out, len(parts))
-    list_unreadable(folder / "bad_images.txt", [(source.name(index), reason) for index, reason in unreadable])
+    list_unreadable(folder / UNREADABLE, [(source.name(index), reason) for index, reason in unreadable])
     if len(unreadable) == len(source):
         discard(out)
         raise ValueError(f"images={config['images']} holds no image that can be read")

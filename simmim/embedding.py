@@ -222,6 +222,7 @@ def features_of(
 
 def list_unreadable(file: Path, unreadable: Sequence[tuple[str, str]]) -> None:
     """Writes the names of images that were left out, and why, a line an image; no file where all could be read."""
+    file.unlink(missing_ok=True)
     if unreadable:
         with whole_file(file) as temporary:
             lines = "".join(f"{name}\t{reason}\n" for name, reason in unreadable)

@@ -28,7 +28,7 @@ from simmim.encoders import SwinTransformerV2
 from simmim.encoders.weights import read_encoder_weights
 from simmim.probes import HELD_OUT, OPTIMIZERS, feature_diagnostics, knn_accuracy, linear_probe
 from simmim.run import describe_unreadable, explained, prepare_torch
-from simmim.run_folder import shown, whole_file
+from simmim.run_folder import UNREADABLE, shown, whole_file
 from simmim.stages import fill_in, load_classifier, open_encoder
 from simmim.tasks.classification import Classification
 from simmim.training.callbacks import ClassReport, UnreadableImages
@@ -65,17 +65,23 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def _run(config: Config) -> dict[str, Any]:
+    prepare_torch(config)
     path, output_dir = Path(config["encoder"]), Path(config["output_dir"])
     known = read_encoder_weights(path)[1]
     if config["probe"] is not None:
         return _probe(fill_in(config, known))
     if known["head"] is None:
         raise ValueError(f"encoder={path} holds no classifier: fine-tune it first, or give probe=knn or probe=linear")
+    if config["data"].get("val_root") is not None or config["data"]["label_fraction"] != 1:
+        raise ValueError(
+            "data.val_root and data.label_fraction are for probes: without one, all images of data.root are counted"
+        )
     config = fill_in(config, known)
     task, data, matched = build(config, known["classes"])
     for report in filter(None, (*load_classifier(task, path, known, image_size=image_size_of(config)), matched)):
         log.info(report)
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / UNREADABLE).unlink(missing_ok=True)
     trainer = Trainer(
         accelerator=config["trainer"]["accelerator"],
         devices=1,
@@ -84,7 +90,7 @@ def _run(config: Config) -> dict[str, Any]:
         callbacks=[
             ClassReport(output_dir),
             UnreadableImages(
-                output_dir / "bad_images.txt",
+                output_dir / UNREADABLE,
                 on_error=config["data"]["on_error"],
                 max_fraction=config["data"]["max_bad_fraction"],
             ),
@@ -96,12 +102,11 @@ def _run(config: Config) -> dict[str, Any]:
     trainer.validate(task, data, verbose=False)
     metrics = {key: float(trainer.callback_metrics[f"val_{key}"]) for key in ("loss", "top1", "top5")}
     describe_unreadable(output_dir)
-    return _report(config, task, {"images": len(data.val_samples), **metrics}, output_dir)
+    return _report(config, task, {"images": int(task.hits_and_images()[1].sum()), **metrics}, output_dir)
 
 
 def build(config: Config, classes: list[str]) -> tuple[Classification, ImageData, str]:
     """The task, the images, and how their labels were matched with the classes; all settings checked."""
-    prepare_torch(config)
     image_size, data_config = image_size_of(config), config["data"]
     source = create_source(data_config, image_size)
     check_labels(source, key="data.root")
@@ -121,6 +126,7 @@ def build(config: Config, classes: list[str]) -> tuple[Classification, ImageData
         model={**config["model"], "in_channels": data_config["channels"]},
         classes=classes,
         image_size=list(image_size),
+        preprocessing={},
         label_smoothing=0,
         mixing={"mixup": 0, "cutmix": 0, "switch": 0},
         optimizer={},
@@ -171,7 +177,7 @@ def _probe(config: Config) -> dict[str, Any]:
     if matched:
         log.info(matched)
     (learnt, lost), (told, lost_too) = (_embed(source, embedder, config) for source in (train, test))
-    list_unreadable(output_dir / "bad_images.txt", lost + lost_too)
+    list_unreadable(output_dir / UNREADABLE, lost + lost_too)
     _check_enough(config, len(learnt[0]))
     result = {"probe": config["probe"], "train_images": len(learnt[0]), "images": len(told[0]), "classes": len(classes)}
     result |= PROBES[config["probe"]](config, learnt, told, len(classes))

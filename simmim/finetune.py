@@ -34,6 +34,9 @@ from simmim.training.sharding import gather
 
 log = logging.getLogger(__name__)
 
+PREPROCESSING = ("label_fraction", "crop_scale", "crop_ratio", "test_crop", "interpolation")
+"""What becomes of an image before it is augmented, and which ones there are."""
+
 LESS_MEMORY = (
     "half of data.batch_size (give data.global_batch_size, and each step keeps its images), "
     "trainer.activation_checkpointing=all, model.attention=sequential, or more devices with trainer=fsdp"
@@ -85,6 +88,7 @@ def _run(config: Config) -> dict[str, Any]:
             weights=weights,
             head=head,
             **{key: task.hparams[key] for key in ("classes", "mean", "std")},
+            **{key: config["data"][key] for key in ("test_crop", "interpolation")},
         )
     metrics = {key: float(trainer.callback_metrics[key]) for key in ("val_loss", "val_top1", "val_top5")}
     log.info(f"validated  {task.describe(metrics)}, of {len(data.val_samples)} images")
@@ -128,6 +132,7 @@ def build(config: Config) -> tuple[Classification, ImageData, Length]:
         label_smoothing=config["label_smoothing"],
         mixing=mixing,
         image_size=list(image_size),
+        preprocessing={**{key: data_config[key] for key in PREPROCESSING}, **augmentation},
         **statistics,
         **training_settings(config, length),
     )

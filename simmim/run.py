@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from simmim.command import Config, accumulation, check_devices, precision_of, save_config, world_size
-from simmim.run_folder import shown, step_of, whole_file
+from simmim.run_folder import UNREADABLE, shown, step_of, whole_file
 from simmim.tasks.task import Task
 from simmim.training.callbacks import NonFiniteSteps, Progress, UnreadableImages, ValidationOnResume
 from simmim.training.checkpoint import Checkpointing, Checkpoints, Stopped
@@ -87,9 +87,13 @@ def train(
     output_dir = Path(config["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     resumed_step = step_of(checkpoint) if checkpoint else 0
+    if resumed_step > length.total_steps:
+        raise ValueError(f"{checkpoint} lies beyond the {length.total_steps} steps of this run: give it more epochs")
     trainer = create_trainer(config, length, callbacks=callbacks, resumed_step=resumed_step)
     if trainer.is_global_zero:  # last: a refused config leaves the run's own
         save_config(config, output_dir / "config.yaml")
+        if checkpoint is None:
+            (output_dir / UNREADABLE).unlink(missing_ok=True)  # of a run that came to no checkpoint
     log.info(f"run folder {shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
     try:
         if length.total_steps:
@@ -150,7 +154,7 @@ def describe_training(config: Config, task: Task, length: Length) -> None:
 
 def describe_unreadable(output_dir: Path) -> None:
     """Says in the log how many images could not be read, if any."""
-    if (unreadable := output_dir / "bad_images.txt").exists():
+    if (unreadable := output_dir / UNREADABLE).exists():
         log.info(f"unreadable {len(unreadable.read_bytes().splitlines())} images, replaced: {shown(unreadable)}")
 
 
@@ -239,7 +243,7 @@ def create_trainer(config: Config, length: Length, *, callbacks: Sequence[Callba
         logger=_loggers(config, resumed_step),
         callbacks=[
             UnreadableImages(
-                output_dir / "bad_images.txt",
+                output_dir / UNREADABLE,
                 on_error=config["data"]["on_error"],
                 max_fraction=config["data"]["max_bad_fraction"],
             ),

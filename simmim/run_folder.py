@@ -8,6 +8,7 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 ENCODER = "encoder.safetensors"
+UNREADABLE = "bad_images.txt"
 
 
 def checkpoint_name(step: int) -> str:

@@ -225,7 +225,7 @@ INHERITED: Section = {
     "mean": MEAN | NULL,
     "std": STD | NULL,
     "interpolation": WORD,
-    "test_crop": number(0, 1, above=True),
+    "test_crop": number(0, 1, above=True) | NULL,
 }
 
 LABELS: Section = {"label_fraction": number(0, 1, above=True)}

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 USUAL = {"image_size": 192, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """Pixels, and ImageNet's statistics of them, where neither config nor encoder says any."""
 
+VALIDATED = {"test_crop": 0.875, "interpolation": "bicubic"}
+"""How a classifier's images are made, where its file does not say, as that of an encoder without one."""
+
 NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention", "position_bias")
 """What every model must be told."""
 
@@ -40,7 +43,7 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
                 "encoder=null trains from scratch, and then model=… says what: model=swinv2_t; or give encoder=<run "
                 "folder, *.ckpt or *.safetensors>"
             )
-        known = {"config": {"in_channels": 3}, "image_size": None, "windows": None, "mean": None, "std": None}
+        known = {"config": {"in_channels": 3}, "windows": None}
     else:
         model["name"] = model["name"] or "swinv2"
         depths = model["depths"] or SIZES.get(model["name"], known["config"])["depths"]
@@ -54,15 +57,15 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
         raise ValueError(f"model.{unsaid[0]}=null, and encoder=null has none: model=… says all, as model=swinv2_t")
     if data.get("channels") is None:
         data["channels"] = known["config"]["in_channels"]
-    missing = [key for key in USUAL if data[key] is None and not known[key]]
+    missing = [key for key in USUAL if data[key] is None and not known.get(key)]
     if missing and config["encoder"] is not None:
         log.warning(
             f"encoder={config['encoder']} does not say how its images were made: what is usual is taken, "
             + " ".join(f"data.{key}={USUAL[key]}".replace(" ", "") for key in missing)
         )
-    for key, usual in USUAL.items():
-        if data[key] is None:
-            data[key] = known[key] or usual
+    for key, usual in (USUAL | VALIDATED).items():
+        if data.get(key, usual) is None:
+            data[key] = known.get(key) or usual
     return {**config, "model": model, "data": data}
 
 

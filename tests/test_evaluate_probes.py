@@ -230,5 +230,5 @@ def test_a_fine_tuned_model_is_probed_on_synthetic_images(tmp_path, caplog):
     ]
     overrides = [f"encoder={tmp_path}/tuned", *settings]
     result = evaluate(compose_config("evaluate", overrides, output_dir=tmp_path / "run"))
-    assert (result["train_images"], result["images"], result["classes"]) == (40, 20, 10)
+    assert (result["train_images"], result["images"], result["classes"]) == (40, 20, 6)
     assert "usual" not in caplog.text

@@ -123,7 +123,7 @@ def test_the_encoder_file_holds_the_average_its_head_and_how_to_see(finished, pr
     assert json.loads(metadata["std"]) == [0.2, 0.21, 0.22]
     assert json.loads(metadata["image_size"]) == [32, 32]
     weights, known = read_encoder_weights(folder)
-    assert len(known["classes"]) == 10
+    assert len(known["classes"]) == 6
     trained = state(folder)
     for key, value in [*weights.items()]:
         assert torch.equal(value, trained[f"average.encoder.{key}"])
@@ -184,7 +184,7 @@ def test_from_pretraining_to_a_larger_image_and_window(finished, tmp_path, caplo
     caplog.set_level("INFO")
     run(tmp_path / "larger", f"encoder={folder}", *LARGER, "trainer.max_steps=2")
     assert "trained at 32x32 px with windows of 4x4, 4x4, 2x2 tokens" in caplog.text
-    assert "The classifier of 10 classes was kept: they are the same." in caplog.text
+    assert "The classifier of 6 classes was kept: they are the same." in caplog.text
     assert "images     64x64 px, windows of 8x8, 8x8, 4x4 tokens" in caplog.text
     run(tmp_path / "largest", f"encoder={tmp_path / 'larger'}", "data.image_size=128", "model.window_size=16",
         "trainer.max_steps=1")  # fmt: skip
@@ -228,7 +228,7 @@ def test_other_classes_start_a_new_classifier(finished, tmp_path, caplog):
     config = compose_config("finetune", [*overrides, *data[:3], f"encoder={folder}", "trainer.max_steps=2"],
                             output_dir=tmp_path / "run")  # fmt: skip
     finetune(config)
-    assert "The classifier of 3 classes (blue, green, red, …) starts anew: the file's is of 10 others" in caplog.text
+    assert "The classifier of 3 classes (blue, green, red, …) starts anew: the file's is of 6 others" in caplog.text
     assert read_encoder_weights(tmp_path / "run")[1]["classes"] == ["blue", "green", "red"]
 
 

@@ -63,7 +63,7 @@ def places(photos, tmp_path_factory):
     encoder = create_encoder(
         "swinv2", embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2], extra_norm_every=0, window_size=4
     )
-    head = torch.nn.Linear(32, 10).state_dict()
+    head = torch.nn.Linear(32, 6).state_dict()
     classes = SyntheticSource(1, (8, 8)).classes
     statistics = {"mean": [0.5] * 3, "std": [0.2] * 3}
     save_encoder(encoder, path, image_size=(32, 32), head=head, classes=classes, **statistics)

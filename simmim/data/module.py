@@ -140,13 +140,18 @@ class ImageSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """Image uint8 (C, H, W), label, [(name, reason), ...] of unreadable images, and perhaps a mask bool (h, w).
 
-        `counts` is false for a sample that only fills a batch up.
+        `counts` is false for a sample that only fills a batch up, or stands in for an unreadable one.
         """
         epoch, index = key
         image, label, unreadable = self._load(index)
         with torch_random_from(self.seed, "transform", epoch, index):
             image = self.transform(image)
-        sample = {"image": image, "label": label, "counts": epoch != FILLER, "unreadable": unreadable}
+        sample = {
+            "image": image,
+            "label": label,
+            "counts": epoch != FILLER and not unreadable,
+            "unreadable": unreadable,
+        }
         if self.masking is not None:
             sample["mask"] = self.masking(generator_from(self.seed, "mask", epoch, index))
         return sample

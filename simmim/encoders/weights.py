@@ -33,7 +33,7 @@ SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size
 BEFORE = {"position_bias": "log_cpb"}
 """What the configuration of older files, which does not say, stands for."""
 
-OPTIONAL = ("mean", "std", "classes")
+OPTIONAL = ("mean", "std", "classes", "test_crop", "interpolation")
 """What older files do not say."""
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
@@ -132,6 +132,8 @@ def save_encoder(
     weights: Mapping[str, Tensor] | None = None,
     head: Mapping[str, Tensor] | None = None,
     classes: Sequence[str] | None = None,
+    test_crop: float | None = None,
+    interpolation: str | None = None,
 ) -> None:
     """Writes an encoder as safetensors, whole or not at all.
 
@@ -147,6 +149,8 @@ def save_encoder(
         weights: Its state dict, where it is spread over processes; None takes the encoder's own.
         head: State dict of a linear classifier that stands on it, kept below `head.`.
         classes: Names of the classes that it tells apart.
+        test_crop: Share of the short side that it was validated on.
+        interpolation: How images were resized, "bicubic" or "bilinear".
     """
     metadata = {
         "format": "simmim",
@@ -157,6 +161,8 @@ def save_encoder(
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "classes": json.dumps(classes),
+        "test_crop": json.dumps(test_crop),
+        "interpolation": json.dumps(interpolation),
     }
     with whole_file(path) as temporary:
         temporary.touch()
@@ -231,7 +237,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
         `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
         each; `mean` and `std` of each image channel, in units of 0 to 1; None where unknown; `head` and `classes`
-        of the classifier, None where there is none.
+        of the classifier, `test_crop` and `interpolation` of its validation, None where there is none.
 
     Raises:
         ValueError: If nothing of ours is there, or it is damaged.
@@ -354,6 +360,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "std": settings.get("std"),
         "head": head,
         "classes": settings.get("classes"),
+        **{key: settings.get("preprocessing", {}).get(key) for key in ("test_crop", "interpolation")},
     }
 
 

@@ -6,7 +6,6 @@ channels; N classes.
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -71,6 +70,7 @@ class Classification(Task):
         label_smoothing: See `ImageClassifier`.
         mixing: Arguments of `create_mixing`.
         image_size: Height and width in pixels that the run used, kept for those who open the checkpoint.
+        preprocessing: How its images were cropped and augmented, likewise; a resumed run must not change it.
         **training: See `Task`.
 
     Attributes:
@@ -90,6 +90,7 @@ class Classification(Task):
         label_smoothing: float,
         mixing: dict[str, Any],
         image_size: list[int],
+        preprocessing: dict[str, Any],
         **training: Any,
     ) -> None:
         count = len(classes)
@@ -142,8 +143,3 @@ class Classification(Task):
         """Loss and accuracy."""
         top5 = f", top-5 {float(metrics['val_top5']):.1%}" if len(self.classes) > 5 else ""
         return f"val {float(metrics['val_loss']):.4f}, top-1 {float(metrics['val_top1']):.1%}{top5}"
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """uint8 images (B, c, H, W) -> the probability of each class, (B, N)."""
-        return self.best.logits(self.normalize(images)).float().softmax(dim=-1)  # type: ignore[no-any-return]

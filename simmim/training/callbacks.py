@@ -351,4 +351,4 @@ class NonFiniteSteps(Callback):
 
 
 def _lr(trainer: Trainer) -> float:
-    return float(trainer.optimizers[0].param_groups[0]["lr"])
+    return float(max(group["lr"] for group in trainer.optimizers[0].param_groups))

@@ -40,8 +40,8 @@ NAMES = ["hat", "skirt", "dress", "shoes", "pants", "shirt", "shorts"]
 def task(classes=NAMES, **changes):
     settings = {
         "model": MODEL, "classes": list(classes), "label_smoothing": 0.0, "mixing": NO_MIXING, "image_size": [32, 32],
-        "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "optimizer": OPTIMIZER, "schedule": SCHEDULE,
-        "ema_decay": None, "seed": 0,
+        "preprocessing": {}, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "optimizer": OPTIMIZER,
+        "schedule": SCHEDULE, "ema_decay": None, "seed": 0,
     }  # fmt: skip
     made = Classification(**{**settings, **changes})
     made.configure_model()
@@ -235,7 +235,7 @@ def test_too_many_classes_are_not_counted_against_one_another():
     assert task(classes=[str(number) for number in range(MOST_CONFUSED + 1)]).confusion is None
 
 
-def test_the_average_is_what_is_validated_and_predicts():
+def test_the_average_is_what_is_validated():
     made = task(ema_decay=0.9)
     move(made.network, 1)
     move(made.average, 2)
@@ -247,7 +247,6 @@ def test_the_average_is_what_is_validated_and_predicts():
         made.on_validation_epoch_start()
         made.validation_step(batch(), 0)
     made.on_validation_epoch_end()
-    assert torch.allclose(made.predict(images), expected)
     assert made.logged["val_loss"] == pytest.approx(-expected.log()[range(6), batch()["label"]].mean().item(), rel=1e-5)
 
 
