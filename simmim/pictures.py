@@ -135,7 +135,6 @@ def draw_position_bias(
         for head in range(heads):
             axis = axes[head, column]
             image = axis.imshow(table[head].numpy(), extent=extent, vmin=low, vmax=high, cmap="viridis")
-            height, width = (2 * length - 1 for length in trained_window)
             axis.add_patch(Rectangle((-width / 2, -height / 2), width, height, fill=False, edgecolor="w"))
             axis.set_xticks([-columns, 0, columns])
             axis.set_yticks([-rows, 0, rows])
