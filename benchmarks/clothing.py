@@ -21,7 +21,7 @@ MODEL = (
     "model.num_heads=[1,2,4,8]",
     "model.extra_norm_every=0",
 )
-"""A fifteenth of SwinV2-T's work: what two CPU cores train within the hour."""
+"""A tenth of SwinV2-T's operations: what two CPU cores train within the hour."""
 
 LITTLE_AUGMENTATION = (
     "data.crop_scale=[0.4,1.0]",
