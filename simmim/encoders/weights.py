@@ -1,13 +1,7 @@
-"""Encoder weights on disk, and their names in timm and transformers.
-
-A file of ours is a safetensors file whose metadata rebuild the encoder with nothing else in hand. The
-functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike.
-"""
+"""Encoder weights on disk: a safetensors file whose metadata rebuild the encoder with nothing else in hand."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,91 +29,6 @@ BEFORE = {"position_bias": "log_cpb"}
 
 OPTIONAL = ("mean", "std", "classes", "test_crop", "interpolation")
 """What older files do not say."""
-
-BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
-"""What other libraries store, or once stored, though it can be recomputed."""
-
-# Rules of renaming, ours to theirs: {s} stage, {b} block, {l} layer. What follows (.weight, .bias) stays.
-TIMM_NAMES = {
-    "embed.proj": "patch_embed.proj",
-    "embed.norm": "patch_embed.norm",
-    "merges.{s}.reduction": "layers.{s+1}.downsample.reduction",  # theirs opens the next stage
-    "merges.{s}.norm": "layers.{s+1}.downsample.norm",
-    "norm": "norm",
-    "stages.{s}.{b}.attention.qkv": "layers.{s}.blocks.{b}.attn.qkv",
-    "stages.{s}.{b}.attention.q_bias": "layers.{s}.blocks.{b}.attn.q_bias",
-    "stages.{s}.{b}.attention.v_bias": "layers.{s}.blocks.{b}.attn.v_bias",
-    "stages.{s}.{b}.attention.logit_scale": "layers.{s}.blocks.{b}.attn.logit_scale",
-    "stages.{s}.{b}.attention.position_bias.mlp.{l}": "layers.{s}.blocks.{b}.attn.cpb_mlp.{l}",
-    "stages.{s}.{b}.attention.proj": "layers.{s}.blocks.{b}.attn.proj",
-    "stages.{s}.{b}.norm1": "layers.{s}.blocks.{b}.norm1",
-    "stages.{s}.{b}.mlp.0": "layers.{s}.blocks.{b}.mlp.fc1",
-    "stages.{s}.{b}.mlp.2": "layers.{s}.blocks.{b}.mlp.fc2",
-    "stages.{s}.{b}.norm2": "layers.{s}.blocks.{b}.norm2",
-}
-
-TRANSFORMERS_NAMES = {
-    "mask_token": "embeddings.mask_token",
-    "embed.proj": "embeddings.patch_embeddings.projection",
-    "embed.norm": "embeddings.norm",
-    "merges.{s}.reduction": "encoder.layers.{s}.downsample.reduction",  # theirs closes the stage
-    "merges.{s}.norm": "encoder.layers.{s}.downsample.norm",
-    "norm": "layernorm",
-    "stages.{s}.{b}.attention.query": "encoder.layers.{s}.blocks.{b}.attention.self.query",
-    "stages.{s}.{b}.attention.key": "encoder.layers.{s}.blocks.{b}.attention.self.key",
-    "stages.{s}.{b}.attention.value": "encoder.layers.{s}.blocks.{b}.attention.self.value",
-    "stages.{s}.{b}.attention.logit_scale": "encoder.layers.{s}.blocks.{b}.attention.self.logit_scale",
-    "stages.{s}.{b}.attention.position_bias.mlp.{l}": (
-        "encoder.layers.{s}.blocks.{b}.attention.self.continuous_position_bias_mlp.{l}"
-    ),
-    "stages.{s}.{b}.attention.proj": "encoder.layers.{s}.blocks.{b}.attention.output.dense",
-    "stages.{s}.{b}.norm1": "encoder.layers.{s}.blocks.{b}.layernorm_before",
-    "stages.{s}.{b}.mlp.0": "encoder.layers.{s}.blocks.{b}.intermediate.dense",
-    "stages.{s}.{b}.mlp.2": "encoder.layers.{s}.blocks.{b}.output.dense",
-    "stages.{s}.{b}.norm2": "encoder.layers.{s}.blocks.{b}.layernorm_after",
-}
-
-
-def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as timm's `SwinTransformerV2` does; it has no mask token, which is left out.
-
-    Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
-    """
-    return _rename_ours({key: value for key, value in state.items() if key != "mask_token"}, TIMM_NAMES, "timm")
-
-
-def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names timm's weights as our encoder does: all but the mask token. The classifier (`head.`) is left out.
-
-    Raises:
-        ValueError: If a key is neither the encoder's, nor the classifier's, nor a buffer of the geometry. The
-            authors' released files are such a case: their patch mergings close a stage.
-    """
-    return _rename_theirs(state, TIMM_NAMES, heads=("head.",), library="timm")
-
-
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as transformers' `Swinv2Model` does, made with `use_mask_token=True`.
-
-    Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
-    """
-    return _rename_ours(_split_qkv(state), TRANSFORMERS_NAMES, "transformers")
-
-
-def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names the weights of transformers' `Swinv2Model` as our encoder does.
-
-    Models with a head keep the encoder below `swinv2.`: that prefix goes, and so do the heads (`classifier.`,
-    `decoder.`). The mask token is there if theirs has one.
-
-    Raises:
-        ValueError: If a key is neither the encoder's, nor a head's, nor a buffer of the geometry.
-    """
-    state = {key.removeprefix("swinv2."): value for key, value in state.items()}
-    heads = ("classifier.", "decoder.")
-    return _join_qkv(_rename_theirs(state, TRANSFORMERS_NAMES, heads=heads, library="transformers"))
 
 
 def save_encoder(
@@ -416,81 +325,6 @@ def _check_windows(
             f"{', '.join(map(_by, ours))}: give model.pretrained_window_size={sides}, or the position bias would "
             "mean other offsets"
         )
-
-
-def _rename_ours(state: Mapping[str, Tensor], names: dict[str, str], library: str) -> dict[str, Tensor]:
-    if other := next((key for key in state if ".position_bias." in key and ".position_bias.mlp." not in key), None):
-        raise ValueError(f"{library} knows model.position_bias=log_cpb alone, and the encoder has {other}")
-    complaint = f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
-    return _rename(state, list(names.items()), complaint)
-
-
-def _rename_theirs(
-    state: Mapping[str, Tensor], names: dict[str, str], *, heads: tuple[str, ...], library: str
-) -> dict[str, Tensor]:
-    needed = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(heads) and key.rpartition(".")[2] not in BUFFERS
-    }
-    rules = [(theirs, ours) for ours, theirs in names.items()]
-    return _rename(needed, rules, f"these are not the weights of a Swin V2 encoder of {library}: unknown keys")
-
-
-def _rename(state: Mapping[str, Tensor], rules: list[tuple[str, str]], complaint: str) -> dict[str, Tensor]:
-    names = {key: next(filter(None, (_translate(key, *rule) for rule in rules)), None) for key in state}
-    unknown = [key for key, name in names.items() if name is None]
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise ValueError(f"{complaint}: {', '.join(unknown[:3])}{more}")
-    return {name: state[key] for key, name in names.items() if name is not None}
-
-
-def _translate(key: str, source: str, target: str) -> str | None:
-    """The key in the form of target if it has the form of source; {s+1} is one more than {s}."""
-    found = _pattern(source).fullmatch(key)
-    if found is None:
-        return None
-    numbers = {slot: int(found[slot]) - int(f"{{{slot}+1}}" in source) for slot in "sbl" if f"{{{slot}" in source}
-    if min(numbers.values(), default=0) < 0:
-        return None
-    for slot, number in numbers.items():
-        target = target.replace(f"{{{slot}}}", str(number)).replace(f"{{{slot}+1}}", str(number + 1))
-    return target + (found["leaf"] or "")
-
-
-@lru_cache(maxsize=128)
-def _pattern(template: str) -> re.Pattern[str]:
-    escaped = template.replace(".", r"\.")
-    return re.compile(re.sub(r"\{(\w)(\+1)?\}", r"(?P<\1>\\d+)", escaped) + r"(?P<leaf>\.weight|\.bias)?")
-
-
-def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    split = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition("attention.")
-        if leaf == "qkv.weight":
-            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                split[f"{stem}attention.{name}.weight"] = part
-        elif leaf in ("q_bias", "v_bias"):
-            split[f"{stem}attention.{'query' if leaf == 'q_bias' else 'value'}.bias"] = value
-        else:
-            split[key] = value.view(1, 1, -1) if key == "mask_token" else value
-    return split
-
-
-def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    joined = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition("attention.")
-        if leaf == "query.weight":
-            parts = [state[f"{stem}attention.{name}.weight"] for name in ("query", "key", "value")]
-            joined[f"{stem}attention.qkv.weight"] = torch.cat(parts)
-        elif leaf in ("query.bias", "value.bias"):
-            joined[f"{stem}attention.{leaf[0]}_bias"] = value
-        elif leaf not in ("key.weight", "value.weight"):
-            joined[key] = value.flatten() if key == "mask_token" else value
-    return joined
 
 
 def _by(size: int | Iterable[int]) -> str:
