@@ -23,6 +23,7 @@ class Layout:
     Args:
         library: Its name, in words.
         names: Rules of renaming, ours to theirs: {s} stage, {b} block, {l} layer. What follows (.weight, .bias) stays.
+        block: How the names of a block begin.
         prefix: What the names of the encoder begin with in a model that holds more; "" if they never do.
         heads: How the names of everything behind the encoder begin.
         mask_token: Whether there is one, and then of shape (1, 1, C).
@@ -30,6 +31,7 @@ class Layout:
 
     library: str
     names: dict[str, str]
+    block: str
     prefix: str
     heads: tuple[str, ...]
     mask_token: bool
@@ -51,11 +53,15 @@ def _of_blocks(names: Mapping[str, str], place: str) -> dict[str, str]:
     return {f"stages.{{s}}.{{b}}.{ours}": f"{place}.{theirs}" for ours, theirs in names.items()}
 
 
+_OFFICIAL_BLOCK = "layers.{s}.blocks.{b}"
+_TRANSFORMERS_BLOCK = "encoder.layers.{s}.blocks.{b}"
+_TORCHVISION_BLOCK = "features.{2s+1}.{b}"
+
 _OFFICIAL_AND_TIMM = {
     "embed.proj": "patch_embed.proj",
     "embed.norm": "patch_embed.norm",
     "norm": "norm",
-    **_of_blocks(_BLOCK | _BIASES | _MLP, "layers.{s}.blocks.{b}"),
+    **_of_blocks(_BLOCK | _BIASES | _MLP, _OFFICIAL_BLOCK),
 }
 
 OFFICIAL = Layout(
@@ -66,6 +72,7 @@ OFFICIAL = Layout(
         "merges.{s}.norm": "layers.{s}.downsample.norm",
         **_OFFICIAL_AND_TIMM,
     },
+    block=_OFFICIAL_BLOCK,
     prefix="encoder.",
     heads=("head.", "decoder."),
     mask_token=True,
@@ -78,6 +85,7 @@ TIMM = Layout(
         "merges.{s}.norm": "layers.{s+1}.downsample.norm",
         **_OFFICIAL_AND_TIMM,
     },
+    block=_OFFICIAL_BLOCK,
     prefix="",
     heads=("head.",),
     mask_token=False,
@@ -105,9 +113,10 @@ TRANSFORMERS = Layout(
                 "mlp.2": "output.dense",
                 "norm2": "layernorm_after",
             },
-            "encoder.layers.{s}.blocks.{b}",
+            _TRANSFORMERS_BLOCK,
         ),
     },
+    block=_TRANSFORMERS_BLOCK,
     prefix="swinv2.",
     heads=("classifier.", "decoder."),
     mask_token=True,
@@ -121,8 +130,9 @@ TORCHVISION = Layout(
         "merges.{s}.reduction": "features.{2s+2}.reduction",  # stages and mergings take turns
         "merges.{s}.norm": "features.{2s+2}.norm",
         "norm": "norm",
-        **_of_blocks(_BLOCK | {"mlp.0": "mlp.0", "mlp.2": "mlp.3"}, "features.{2s+1}.{b}"),  # 1 and 2 have no weights
+        **_of_blocks(_BLOCK | {"mlp.0": "mlp.0", "mlp.2": "mlp.3"}, _TORCHVISION_BLOCK),  # 1 and 2 have no weights
     },
+    block=_TORCHVISION_BLOCK,
     prefix="",
     heads=("head.",),
     mask_token=False,
@@ -220,6 +230,13 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def without_prefix(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """The state dict of a model that may hold more than the encoder, with the encoder's names as if it stood alone."""
     return {key.removeprefix(layout.prefix): value for key, value in state.items()}
+
+
+def stage_of(key: str, layout: Layout) -> int | None:
+    """The stage, counted from 0, of something in a block; None for what is in no block."""
+    block = ".".join(key.split(".")[: layout.block.count(".") + 1])
+    place = _translate(block, layout.block, "{s}")
+    return None if place is None else int(place)
 
 
 def is_buffer(key: str) -> bool:

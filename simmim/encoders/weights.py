@@ -1,4 +1,8 @@
-"""Encoder weights on disk: a safetensors file whose metadata rebuild the encoder with nothing else in hand."""
+"""Encoder weights on disk: a safetensors file whose metadata rebuild the encoder with nothing else in hand.
+
+What others released is read as well, see `simmim.encoders.released`: which it is, the content of a file decides, not
+its name.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simmim.checkpoint_files import load, load_rest
+from simmim.checkpoint_files import is_folder_of_shards, load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
 from simmim.encoders.position_bias import move_table
+from simmim.encoders.released import read_released
+from simmim.encoders.tensor_files import WEIGHTS, is_safetensors, read_pytorch, read_safetensors
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
@@ -26,6 +31,16 @@ SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size
 
 BEFORE = {"position_bias": "log_cpb"}
 """What the configuration of older files, which does not say, stands for."""
+
+OURS: dict[str, Any] = {"origin": "simmim", "notes": []}
+"""Whose names a file has, and what was done to read it."""
+
+UNSAID = {
+    "model.window_size": "tokens",
+    "model.pretrained_window_size": "tokens, one number or one a stage as [12,12,12,6]",
+    "data.image_size": "px",
+}
+"""What a file of others may not say, and what to give then."""
 
 OPTIONAL = ("mean", "std", "classes", "test_crop", "interpolation")
 """What older files do not say."""
@@ -82,20 +97,30 @@ def save_encoder(
         temporary.chmod(mode)
 
 
-def load_encoder(path: Path) -> SwinTransformerV2:
+def load_encoder(
+    path: Path,
+    *,
+    window_size: int | None = None,
+    pretrained_window_size: int | Sequence[int | Sequence[int]] | None = None,
+) -> SwinTransformerV2:
     """Rebuilds an encoder from a file alone, on the CPU and in training mode like any new module.
 
     Args:
         path: What `read_encoder_weights` reads.
+        window_size: Side of the window in tokens, instead of the file's; of one that does not say it, needed.
+        pretrained_window_size: Likewise, see `SwinTransformerV2`; None keeps the file's.
 
     Raises:
-        ValueError: If there are no weights of ours, or they contradict their own configuration.
+        ValueError: If there are no weights, they contradict their own configuration, or a window is unknown.
     """
-    file = find_encoder_file(path)
-    weights, metadata = read_encoder_weights(file)
+    weights, metadata = read_encoder_weights(path)
+    trained = pretrained_window_size if window_size is None else pretrained_window_size or trained_windows(metadata)
+    given = {"window_size": window_size, "pretrained_window_size": trained}
+    check_said(path, metadata, {f"model.{key}": value for key, value in given.items()})
+    config = metadata["config"] | {key: value for key, value in given.items() if value is not None}
     with torch.device("meta"):  # the initial values are never computed
-        encoder = SwinTransformerV2(**metadata["config"])
-    _check_fit(encoder, weights, metadata, file)
+        encoder = SwinTransformerV2(**config)
+    _check_fit(encoder, weights, metadata, find_encoder_file(path))
     encoder.to_empty(device="cpu").load_state_dict(weights)
     return encoder
 
@@ -112,10 +137,10 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
         image_size: Height and width in pixels that the encoder is going to see.
 
     Returns:
-        One sentence for the log: what was loaded, from where, and how it was trained.
+        For the log: what was loaded, from where, how it was trained; of a file of others, what was left out or added.
 
     Raises:
-        ValueError: If there are no weights of ours, a name or shape differs, the position bias is of another kind, or
+        ValueError: If there are no weights, a name or shape differs, the position bias is of another kind, or
             the windows change and the model does not say which windows a continuous one was trained with.
     """
     file = find_encoder_file(path)
@@ -125,34 +150,46 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
         weights = _move_tables(encoder, weights, trained, image_size)
     _check_fit(encoder, weights, metadata, file)
     if encoder.config["position_bias"] != "table":
+        given = encoder.config["pretrained_window_size"]
+        check_said(file, metadata, {"model.pretrained_window_size": given})
         _check_windows(encoder, metadata, image_size, file)
     floats = {key: weight.to(torch.float32) for key, weight in weights.items()}
     encoder.load_state_dict(floats, assign=True)  # an encoder on the meta device has no memory to copy into
     parameters = sum(weight.numel() for weight in weights.values()) / 1e6
     report = f"Loaded all {len(weights)} tensors of the encoder ({parameters:.1f} M parameters) from {file}"
-    if trained is None:
-        return f"{report}, trained at an unknown image size."
-    windows = ", ".join(map(_by, trained))
-    return f"{report}, trained at {_by(metadata['image_size'])} px with windows of {windows} tokens."
+    if metadata["origin"] != "simmim":
+        report += f", named as {metadata['origin']} does"
+    size, windows = metadata["image_size"], ", ".join(map(_by, trained or []))
+    report += f", trained at {_by(size)} px" if size else ", trained at an unknown image size"
+    report += f" with windows of {windows} tokens" if windows else ""
+    return ". ".join([report, *(f"{note[0].upper()}{note[1:]}" for note in metadata["notes"])]) + "."
 
 
 def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the weights of an encoder and what is known of it, without running any code of the file.
 
     Args:
-        path: A run folder, a training checkpoint (*.ckpt) or an encoder file of ours (*.safetensors).
+        path: A run folder, a training checkpoint, an encoder file of ours, or what the authors of Swin Transformer V2,
+            timm, transformers or torchvision wrote: a file of weights, or a folder with them and a `config.json`.
 
     Returns:
-        The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
-        `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
-        each; `mean` and `std` of each image channel, in units of 0 to 1; None where unknown; `head` and `classes`
-        of the classifier, `test_crop` and `interpolation` of its validation, None where there is none.
+        The state dict, on the CPU, and the metadata: `origin`, "simmim" or who else named the weights; `architecture`;
+        `config`, the arguments of `SwinTransformerV2`, with None for a window that others do not say; `image_size` in
+        pixels and `windows` of each stage in tokens, [height, width] each; `mean` and `std` of each image channel, in
+        units of 0 to 1; None where unknown; `head` and `classes` of the classifier, `test_crop` and `interpolation` of
+        its validation, None where there is none; `notes`, what of a file of others was left out or added, in words.
 
     Raises:
-        ValueError: If nothing of ours is there, or it is damaged.
+        ValueError: If there are no weights of a Swin Transformer V2, they are damaged, or could run code.
     """
     file = find_encoder_file(path)
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
+    if file.is_dir():
+        return _read_checkpoint(file)
+    if is_safetensors(file):
+        weights, metadata = read_safetensors(file)
+        return _from_ours(weights, metadata) if metadata.get("format") == "simmim" else read_released(weights, file)
+    tree = read_pytorch(file)
+    return _read_checkpoint(file) if _is_ours(tree) else read_released(tree, file)
 
 
 def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None:
@@ -170,6 +207,40 @@ def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None
     if given is not None or metadata["windows"] is None:
         return given
     return [height if height == width else [height, width] for height, width in metadata["windows"]]
+
+
+def unsaid(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a file of others does not say of its training: the keys to give, and of what kind each is.
+
+    Args:
+        metadata: See `read_encoder_weights`.
+    """
+    if metadata["origin"] == "simmim":  # what its older files lack is what is usual
+        return {}
+    known = {
+        "model.window_size": metadata["config"]["window_size"],
+        "model.pretrained_window_size": trained_windows(metadata),
+        "data.image_size": metadata["image_size"],
+    }
+    return {key: UNSAID[key] for key, value in known.items() if value is None}
+
+
+def check_said(path: Path, metadata: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses weights of others of whose training something is unknown: nothing is guessed.
+
+    Args:
+        path: Where they are.
+        metadata: See `read_encoder_weights`.
+        given: What the user says of the keys of `unsaid` that matter; None for what is left to the file.
+
+    Raises:
+        ValueError: With the keys to give.
+    """
+    if lacking := {key: kind for key, kind in unsaid(metadata).items() if key in given and given[key] is None}:
+        ways = " ".join(f"{key}=<{kind}>" for key, kind in lacking.items())
+        raise ValueError(
+            f"encoder={path}, named as {metadata['origin']} does, does not say how it was trained: give {ways}"
+        )
 
 
 def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -198,44 +269,41 @@ def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[st
 def find_encoder_file(path: Path) -> Path:
     """The file to read: of a run folder its encoder.safetensors, else the checkpoint of the highest step.
 
+    Of a folder that timm or transformers wrote: its weights.
+
     Raises:
-        ValueError: If there is none, or the file is of another kind.
+        ValueError: If there is none.
     """
-    if path.is_dir() and path.suffix != ".ckpt":
-        return _find_in_run(path)
     if not path.exists():
-        raise ValueError(f"encoder={path} does not exist: give a run folder, a *.ckpt or a *.safetensors file")
-    if path.suffix not in (".ckpt", ".safetensors"):
-        raise ValueError(f"encoder={path} has an unknown ending: give a run folder, a *.ckpt or a *.safetensors file")
-    return path
-
-
-def _find_in_run(folder: Path) -> Path:
-    if (folder / ENCODER).is_file():
-        return folder / ENCODER
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
+        raise ValueError(f"encoder={path} does not exist: give a run folder, a checkpoint or a file of weights")
+    if not path.is_dir() or is_folder_of_shards(path):
+        return path
+    files = [*(path / name for name in (ENCODER,)), *list_checkpoints(path)[-1:], *(path / name for name in WEIGHTS)]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
         raise ValueError(
-            f"encoder={folder} is no run folder with weights: it holds neither encoder.safetensors nor "
-            "a file checkpoints/step_*.ckpt"
+            f"encoder={path} is no folder with weights: it holds neither {ENCODER} nor a checkpoints/step_*.ckpt, as "
+            f"a run does, nor {' or '.join(WEIGHTS)}"
         )
-    return checkpoints[-1]
+    return found
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata() or {}
-            weights = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"encoder={file} cannot be read, perhaps it was cut short: {_first_line(error)}") from error
-    if metadata.get("format") != "simmim":
-        raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
+def _from_ours(weights: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
     values |= {key: json.loads(metadata.get(key, "null")) for key in OPTIONAL}
     values["config"] = BEFORE | values["config"]
     head = {key: weights.pop(key) for key in [key for key in weights if key.startswith(HEAD)]}
-    return weights, {"architecture": metadata["architecture"], "head": _named_below(HEAD, head) or None, **values}
+    return weights, {
+        **OURS,
+        "architecture": metadata["architecture"],
+        "head": _named_below(HEAD, head) or None,
+        **values,
+    }
+
+
+def _is_ours(tree: Any) -> bool:
+    state = tree.get("state_dict") if isinstance(tree, dict) else None
+    return isinstance(state, dict) and any(str(key).startswith(CHECKPOINT_PREFIXES) for key in state)
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -261,6 +329,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size = settings.get("image_size")
     windows = None if size is None else [list(window) for window in encoder.windows(*size)]
     return weights, {
+        **OURS,
         "architecture": "swinv2",
         "config": encoder.config,
         "image_size": None if size is None else list(size),
@@ -329,7 +398,3 @@ def _check_windows(
 
 def _by(size: int | Iterable[int]) -> str:
     return f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
