@@ -93,6 +93,7 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
         **about,
         "head": head,
         "classes": classes,
+        "decoder": _decoder(plain),
         "notes": notes,
     }
 
@@ -216,8 +217,10 @@ def _complete(weights: dict[str, Tensor], plain: State, layout: Layout) -> list[
     notes = []
     if buffers := sum(map(is_buffer, plain)):
         notes.append(f"{buffers} buffers were left out: they are computed")
-    if decoder := [key for key in plain if key.startswith("decoder.")]:
-        notes.append(f"its decoder ({', '.join(decoder)}) was left out: it predicts pixels")
+    if any(key.startswith("decoder.") for key in plain):
+        notes.append("its decoder was left out: it predicts pixels, and reconstruct alone needs it")
+    if any(key.startswith(CLASSIFIERS[layout.library]) for key in plain):
+        notes.append("its classifier was set aside: evaluate and finetune take it where the classes are the same")
     if layout is TORCHVISION:
         notes.append(
             "its bias of keys was left out: it counts as zero; where a map is no whole number of windows, torchvision "
@@ -225,10 +228,18 @@ def _complete(weights: dict[str, Tensor], plain: State, layout: Layout) -> list[
         )
     if "mask_token" not in weights:
         generator = torch.Generator().manual_seed(0)
-        token = torch.empty(len(weights["embed.norm.weight"]))
-        weights["mask_token"] = torch.nn.init.trunc_normal_(token, std=0.02, generator=generator)
+        token = torch.nn.init.trunc_normal_(
+            torch.empty(len(weights["embed.norm.weight"])), std=0.02, generator=generator
+        )
+        weights["mask_token"] = token.to(weights["embed.norm.weight"].dtype)
         notes.append("the mask token starts anew: it has none")
     return notes
+
+
+def _decoder(plain: State) -> dict[str, Tensor] | None:
+    """SimMIM's linear head: a convolution of one pixel, whose outputs are the pixels of a token, channel by channel."""
+    weight, bias = plain.get("decoder.0.weight"), plain.get("decoder.0.bias")
+    return None if weight is None or bias is None else {"weight": weight.flatten(1), "bias": bias}
 
 
 def _classifier(plain: State, layout: Layout, facts: Facts) -> tuple[dict[str, Tensor] | None, list[str] | None]:

@@ -32,7 +32,7 @@ SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size
 BEFORE = {"position_bias": "log_cpb"}
 """What the configuration of older files, which does not say, stands for."""
 
-OURS: dict[str, Any] = {"origin": "simmim", "notes": []}
+OURS: dict[str, Any] = {"origin": "simmim", "decoder": None, "notes": []}
 """Whose names a file has, and what was done to read it."""
 
 UNSAID = {
@@ -177,7 +177,8 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         `config`, the arguments of `SwinTransformerV2`, with None for a window that others do not say; `image_size` in
         pixels and `windows` of each stage in tokens, [height, width] each; `mean` and `std` of each image channel, in
         units of 0 to 1; None where unknown; `head` and `classes` of the classifier, `test_crop` and `interpolation` of
-        its validation, None where there is none; `notes`, what of a file of others was left out or added, in words.
+        its validation, None where there is none. Of a file of others: `decoder`, the linear layer that predicts pixels
+        in SimMIM, or None; `notes`, what was left out or added, in words.
 
     Raises:
         ValueError: If there are no weights of a Swin Transformer V2, they are damaged, or could run code.
@@ -278,7 +279,7 @@ def find_encoder_file(path: Path) -> Path:
         raise ValueError(f"encoder={path} does not exist: give a run folder, a checkpoint or a file of weights")
     if not path.is_dir() or is_folder_of_shards(path):
         return path
-    files = [*(path / name for name in (ENCODER,)), *list_checkpoints(path)[-1:], *(path / name for name in WEIGHTS)]
+    files = [path / ENCODER, *list_checkpoints(path)[-1:], *(path / name for name in WEIGHTS)]
     found = next((file for file in files if file.exists()), None)
     if found is None:
         raise ValueError(
