@@ -288,6 +288,7 @@ PLAN: Section = {
 RECONSTRUCT: Section = {
     **RUN,
     "encoder": TEXT,
+    "target": WORD,
     "images": TEXT,
     "count": count(1000),
     "seed": SEED,
@@ -343,11 +344,14 @@ BENCHMARK: Section = {
 
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
+INSPECT: Section = {**RUN, "encoder": TEXT}
+
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
     "embed": EMBED,
     "evaluate": EVALUATE,
     "finetune": FINETUNE,
+    "inspect": INSPECT,
     "plan": PLAN,
     "pretrain": PRETRAIN,
     "reconstruct": RECONSTRUCT,
