@@ -41,14 +41,14 @@ class ShardSource(FileSource):
 
     Args:
         root: The copy; `~` is expanded.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What the copy is called in messages.
 
     Attributes:
         short_side: Largest length of the shorter side of an image in pixels.
 
     Raises:
-        ValueError: If there is no whole copy at `root`; for other `channels`.
+        ValueError: If there is no whole copy at `root`.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import FileSource, PackedStrings, free_memory
-from simmim.data.folder import SUFFIXES
+from simmim.data.folder import SUFFIXES, without_arrays
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class WebDatasetSource(FileSource):
     Args:
         root: A folder of archives; one archive; a glob (`train-*.tar`); or a brace pattern, with a range or a list
             (`train-{000..004}.tar`, `{train,extra}.tar`). `~` is expanded.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What `root` is called in messages.
 
     Attributes:
@@ -63,7 +63,7 @@ class WebDatasetSource(FileSource):
 
     Raises:
         ValueError: If there is no archive; if one is damaged, truncated or without images, or does not fit into
-            memory; if only some images have a label, or a label is none; for other `channels`.
+            memory; if only some images have a label, or a label is none.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:
@@ -199,6 +199,14 @@ class _Listing:
     labels: list[int] = field(default_factory=list)
     """-1 for none."""
 
+    def keep(self, names: list[str]) -> None:
+        """Forgets all other images."""
+        chosen = set(names)
+        kept = [name in chosen for name in self.names]
+        self.names = names
+        self.offsets = list(itertools.compress(self.offsets, kept))
+        self.lengths = list(itertools.compress(self.lengths, kept))
+
 
 def _list_archive(archive: Path, content: bytearray, key: str) -> _Listing:
     """Goes through an archive once.
@@ -234,6 +242,7 @@ def _list_archive(archive: Path, content: bytearray, key: str) -> _Listing:
     if len(set(listing.names)) < len(listing.names):
         twice = next(name for name, count in Counter(listing.names).items() if count > 1)
         raise ValueError(f"{key}: {archive} holds {twice} twice: pack it anew")
+    listing.keep(without_arrays(listing.names, f"{key}: {archive}"))
     label_of = found[".json"] | found[".cls"]
     listing.labels = [label_of.get(_split(name)[0], -1) for name in listing.names]
     return listing

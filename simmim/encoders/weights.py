@@ -33,7 +33,7 @@ SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size
 BEFORE = {"position_bias": "log_cpb"}
 """What the configuration of older files, which does not say, stands for."""
 
-OPTIONAL = ("mean", "std", "classes", "test_crop", "interpolation")
+OPTIONAL = ("mean", "std", "max_value", "classes", "test_crop", "interpolation")
 """What older files do not say."""
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
@@ -129,6 +129,7 @@ def save_encoder(
     image_size: tuple[int, int],
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    max_value: float | None = None,
     weights: Mapping[str, Tensor] | None = None,
     head: Mapping[str, Tensor] | None = None,
     classes: Sequence[str] | None = None,
@@ -144,8 +145,9 @@ def save_encoder(
         encoder: What to save.
         path: The file, in a folder that exists.
         image_size: Height and width in pixels that the encoder was trained at.
-        mean: Of each image channel, in units of 0 to 1, as the images were normalised with; None where unknown.
+        mean: Of each image channel, in units of `max_value`, as the images were normalised with; None where unknown.
         std: Standard deviation of each image channel, likewise.
+        max_value: The pixel value that counts as 1; None where unknown, as in older files, which means 255.
         weights: Its state dict, where it is spread over processes; None takes the encoder's own.
         head: State dict of a linear classifier that stands on it, kept below `head.`.
         classes: Names of the classes that it tells apart.
@@ -160,6 +162,7 @@ def save_encoder(
         "windows": json.dumps(encoder.windows(*image_size)),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
+        "max_value": json.dumps(max_value),
         "classes": json.dumps(classes),
         "test_crop": json.dumps(test_crop),
         "interpolation": json.dumps(interpolation),
@@ -236,7 +239,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     Returns:
         The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
         `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
-        each; `mean` and `std` of each image channel, in units of 0 to 1; None where unknown; `head` and `classes`
+        each; `mean` and `std` of each image channel, in units of `max_value`; None where unknown; `head` and `classes`
         of the classifier, `test_crop` and `interpolation` of its validation, None where there is none.
 
     Raises:
@@ -358,6 +361,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "windows": windows,
         "mean": settings.get("mean"),
         "std": settings.get("std"),
+        "max_value": settings.get("max_value"),
         "head": head,
         "classes": settings.get("classes"),
         **{key: settings.get("preprocessing", {}).get(key) for key in ("test_crop", "interpolation")},

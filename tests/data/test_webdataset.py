@@ -172,8 +172,6 @@ def test_roots_without_archives_are_one_line(tmp_path):
     assert "holds no archive (.tar, .tar.gz, .tgz): data=folder" in refusal(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"^data\.val_root=.*none\.tar does not exist"):
         WebDatasetSource(tmp_path / "none.tar", key="data.val_root")
-    with pytest.raises(ValueError, match=r"^data\.channels=2"):
-        WebDatasetSource(tmp_path, channels=2)
 
 
 def test_json_labels(tmp_path, ending):
