@@ -31,6 +31,12 @@ log = logging.getLogger(__name__)
 
 Config = dict[str, Any]
 
+STATISTICS = "statistics.yaml"
+"""What `simmim.statistics` leaves in its run folder, for `data.statistics`."""
+
+TAKEN_UP = ("mean", "std", "channels", "max_value")
+"""Settings of `data` that it says."""
+
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 """What a user can mend: told in one line. Anything else is a defect of ours and keeps its traceback."""
 
@@ -66,6 +72,8 @@ def compose_config(name: str, overrides: list[str], *, output_dir: Path) -> Conf
 def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
     """The composed config of a command as dicts, lists, strings and numbers, each of its kind.
 
+    Where `data.statistics` is given, it holds their numbers.
+
     Raises:
         ValueError: If a value is missing, or is not what `simmim.settings` says of it; if there are several roots.
     """
@@ -81,8 +89,39 @@ def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
     if empty := [key for key in _keys(config) if OmegaConf.select(config, key) == ""]:
         raise ValueError(f"{empty[0]} is empty: {empty[0]}=…")
     plain: Config = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    check_settings(plain, name, typed={word.lstrip("+~").partition("=")[0] for word in overrides})
+    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    check_settings(plain, name, typed=typed)
+    if plain.get("data", {}).get("statistics") is not None:
+        plain["data"] |= _read_statistics(plain["data"], typed)
+        try:
+            check_settings(plain, name, typed=())
+        except ValueError as error:
+            raise ValueError(f"data.statistics={plain['data']['statistics']}: {error}") from error
     return plain
+
+
+def _read_statistics(data: Config, typed: set[str]) -> Config:
+    """What `data.statistics` says of the images.
+
+    Raises:
+        ValueError: If nothing of `simmim.statistics` is there, or a person gave another number.
+    """
+    given = f"data.statistics={data['statistics']}"
+    path = Path(data["statistics"]).expanduser()
+    path = path / STATISTICS if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{given}: there is no {path}: python -m simmim.statistics makes it")
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        taken = {key: found[key] for key in TAKEN_UP}
+    except Exception as error:  # no YAML, no mapping, or another one
+        raise ValueError(f"{given} is not what python -m simmim.statistics wrote ({type(error).__name__})") from error
+    for key in TAKEN_UP:
+        if f"data.{key}" in typed and data[key] != taken[key]:
+            raise ValueError(
+                f"data.{key}={data[key]} contradicts {given}, which has {taken[key]}: leave one of them out"
+            )
+    return taken
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -22,6 +22,9 @@ LONGEST_NAME = 24
 MOST_NUMBERED = 20
 """Up to so many classes, their counts can be read in a picture."""
 
+RANGE = (0.02, 0.98)
+"""Shares of the pixels of a channel that are darker than black and white in a stretched picture."""
+
 PANELS = ("original", "masked", "reconstruction", "with visible part")
 
 
@@ -41,6 +44,41 @@ def four_panels(original: Tensor, reconstruction: Tensor, mask: Tensor) -> Tenso
     masked = original.masked_fill(hidden, GREY)
     pasted = torch.where(hidden, reconstruction, original)
     return torch.stack([original, masked, reconstruction, pasted], dim=1)
+
+
+def choose_channels(count: int, chosen: Sequence[int] | None) -> list[int]:
+    """The channels that a picture shows: three as red, green and blue, or one as grey.
+
+    Args:
+        count: Channels that there are.
+        chosen: Given as `picture_channels`; None for the first three, or of fewer the first.
+
+    Raises:
+        ValueError: If one is chosen that there is not.
+    """
+    if chosen is None:
+        return [0, 1, 2] if count >= 3 else [0]
+    if max(chosen) >= count:
+        said = ",".join(map(str, chosen))
+        raise ValueError(f"picture_channels=[{said}]: data.channels={count} are numbered from 0 to {count - 1}")
+    return list(chosen)
+
+
+def stretch(images: Tensor, originals: Tensor) -> Tensor:
+    """Makes images readable: the 2nd percentile of a channel becomes black, the 98th white.
+
+    Args:
+        images: (B, C, H, W).
+        originals: What the percentiles are taken of, each channel of each image alone: all panels of an image go by
+            those of its original.
+
+    Returns:
+        (B, C, H, W), clipped to 0 to 1.
+    """
+    pixels = originals.flatten(2)
+    low, high = (pixels.kthvalue(1 + round(share * (pixels.shape[2] - 1)))[0][..., None, None] for share in RANGE)
+    width = torch.where(high > low, high - low, 1)  # a channel may be constant
+    return ((images - low) / width).clamp(0, 1)
 
 
 def draw_panels(panels: Tensor, path: Path, *, titles: Sequence[str] = PANELS, caption: str = "") -> None:

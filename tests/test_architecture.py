@@ -25,6 +25,7 @@ NAMES = (
     "prepare",
     "pretrain",
     "reconstruct",
+    "statistics",
 )
 COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [

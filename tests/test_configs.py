@@ -26,6 +26,7 @@ COMMANDS = (
     "prepare",
     "pretrain",
     "reconstruct",
+    "statistics",
 )
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
