@@ -207,6 +207,7 @@ def test_a_run_goes_on_when_wandbs_service_is_gone_and_the_next_one_has_its_own(
 def test_wandb_out_of_reach_is_one_line(tmp_path, monkeypatch):
     wandb.teardown()
     monkeypatch.setattr("simmim.training.loggers.WANDB_PATIENCE", 1)
+    monkeypatch.setattr("wandb.sdk.lib.identity._RESOLVE_TIMEOUT_SECONDS", 0.1, raising=False)  # asks who we are
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with pytest.raises(ValueError, match=r"(?s)^logger\.mode=online: [^\n]*refused[^\n]*: give logger\.mode=offline"):
