@@ -83,7 +83,7 @@ def _run(config: Config) -> dict[str, Any]:
         channels=config["picture_channels"],
     )
     callbacks = [pictures, *_probes(config, data, length)]
-    trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=callbacks)
+    trainer = train("pretrain", config, task, data, length, checkpoint=checkpoint, callbacks=callbacks)
     encoder, weights = task.best.encoder, gather(task.best.encoder)
     if trainer.is_global_zero:
         statistics = {key: task.hparams[key] for key in ("mean", "std", "max_value")}
