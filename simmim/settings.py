@@ -343,6 +343,8 @@ BENCHMARK: Section = {
 
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
+REPORT: Section = {**RUN, "folder": TEXT, "finetuned": TEXT | NULL, "out": TEXT | NULL}
+
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
     "embed": EMBED,
@@ -353,6 +355,7 @@ SETTINGS: dict[str, Section] = {
     "reconstruct": RECONSTRUCT,
     "prepare": PREPARE,
     "benchmark": BENCHMARK,
+    "report": REPORT,
 }
 
 
