@@ -170,7 +170,7 @@ def command(
             sys.argv[1] = f"{positional}='{quoted}'"
         logging.raiseExceptions = False  # a run.log for which there is no room ends no run, and prints no traceback
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
-        sys.argv.append(f"+hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}")
+        sys.argv.append(f"++hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}")
         SweepFolder.path, started, ended = None, time.time(), ""
         failures.clear()
         try:
