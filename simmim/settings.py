@@ -390,6 +390,7 @@ BENCHMARK: Section = {
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
 INSPECT: Section = {**RUN, "encoder": TEXT}
+REPORT: Section = {**RUN, "folder": TEXT, "finetuned": TEXT | NULL, "out": TEXT | NULL}
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
@@ -403,6 +404,7 @@ SETTINGS: dict[str, Section] = {
     "prepare": PREPARE,
     "statistics": MEASURE,
     "benchmark": BENCHMARK,
+    "report": REPORT,
 }
 
 
