@@ -65,7 +65,7 @@ class Study:
 
     def moved(self, bias: str, seed: int, size: tuple[int, int]) -> Run:
         images = self.val_shards.replace("data.val_root", "data.root")
-        settings = (f"encoder={self.trained(bias, seed).folder}", "data=webdataset", images, *_at(size))
+        settings = (f"encoder={self.trained(bias, seed).folder}", "data=shards", images, *_at(size))
         return Run("evaluate", f"{self.options.name}/{bias}_seed{seed}_{size[0]}px", settings)
 
     def _finetune(self, name: str, *settings: str) -> Run:

@@ -34,6 +34,9 @@ Config = dict[str, Any]
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 """What a user can mend: told in one line. Anything else is a defect of ours and keeps its traceback."""
 
+RENAMED = {"data=webdataset": "data=shards reads WebDataset archives, and prepared copies too"}
+"""What was once the name of a choice, and what to type now."""
+
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL)."""
 
@@ -68,7 +71,7 @@ def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
     """
     for key in ("data.root", "data.val_root"):
         given = {word for word in overrides if word.startswith(f"{key}=")}
-        if len(given) > 1 and OmegaConf.select(config, "data.source") == "webdataset":
+        if len(given) > 1 and OmegaConf.select(config, "data.source") == "shards":
             raise ValueError(
                 f"{key} is given more than once, as a shell makes it of {{…}}: a pattern needs quotes inside quotes, "
                 f"\"{key}='train-{{000..004}}.tar'\""
@@ -193,7 +196,8 @@ def explain(error: Exception, name: str) -> str:
         )
     if unknown := re.match(r"(?s).*Could not find '(.+)/(.+?)'", text):
         group, choice = unknown.groups()
-        return f"{group}={choice} is unknown: choose one of {', '.join(_choices(group))}"
+        advice = RENAMED.get(f"{group}={choice}") or f"choose one of {', '.join(_choices(group))}"
+        return f"{group}={choice} is unknown: {advice}"
     if merging := re.match(r"Error merging override (.+)", text):
         return f"{merging[1]}: this key holds something else than such a value: see its default with --cfg job"
     if isinstance(error, OSError) and error.filename:

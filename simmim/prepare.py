@@ -1,4 +1,4 @@
-"""`python -m simmim.prepare`: a copy of a folder of images, made small and packed: read several times faster."""
+"""`python -m simmim.prepare`: a copy of any images in files, made small and packed: read several times faster."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from simmim.command import Config, command
 from simmim.data.decoding import UnreadableImage
-from simmim.data.folder import FolderSource
+from simmim.data.files import FileSource
 from simmim.data.loader import end_with_the_command
 from simmim.data.shards import (
     INDEX,
@@ -28,6 +28,7 @@ from simmim.data.shards import (
     write_json,
     write_shard,
 )
+from simmim.data.sources import open_files
 from simmim.run_folder import shown
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def prepare(config: Config) -> Path:
     Raises:
         ValueError: If `out` holds anything else than a copy of these images with these settings, or at Ctrl-C.
     """
-    source = FolderSource(config["data"]["root"])
+    source = open_files({**config["data"], "channels": 3})
     out = Path(str(config["out"])).expanduser()
     claim(out, settings_of(source, config))
     records = list(finished_shards(out))
@@ -57,18 +58,19 @@ def prepare(config: Config) -> Path:
     except KeyboardInterrupt:
         raise ValueError(f"stopped after {len(records)} whole shards: the same command goes on behind them") from None
     if not any(record["names"] for record in records):
-        raise ValueError(f"data.root={source.root} holds no image that can be read")
+        raise ValueError(f"data.root={config['data']['root']} holds no image that can be read")
     write_index(out, records, source.classes, listed=len(source), short_side=config["short_side"])
     summarise(out, records)
     return out
 
 
-def settings_of(source: FolderSource, config: Config) -> dict[str, str | int]:
+def settings_of(source: FileSource, config: Config) -> dict[str, str | int]:
     """What decides about the bytes of a copy."""
     return {
         "root": os.path.realpath(source.root),
         "images": len(source),
         "names_sha256": source.names_sha256(),
+        "labels_sha256": source.labels_sha256(),
         **{key: config[key] for key in ("short_side", "quality", "shard_mb")},
     }
 
@@ -96,7 +98,7 @@ def claim(out: Path, settings: dict[str, str | int]) -> None:
         leftover.unlink()
 
 
-def pack(source: FolderSource, out: Path, records: list[dict[str, Any]], config: Config) -> None:
+def pack(source: FileSource, out: Path, records: list[dict[str, Any]], config: Config) -> None:
     """Writes the shards that are missing behind those whose records are given, and adds their records."""
     done = sum(record["taken"] for record in records)
     with logging_redirect_tqdm(), tqdm(total=len(source), initial=done, unit=" images") as bar:
@@ -108,9 +110,9 @@ def pack(source: FolderSource, out: Path, records: list[dict[str, Any]], config:
 
 @dataclass(frozen=True)
 class Conversions(Dataset[tuple[bytes | None, str]]):
-    """For each image of a folder its JPEG file, or None and the reason."""
+    """For each image of a source its JPEG file, or None and the reason."""
 
-    source: FolderSource
+    source: FileSource
     short_side: int
     quality: int
 
@@ -123,7 +125,7 @@ class Conversions(Dataset[tuple[bytes | None, str]]):
             return None, str(error)
 
 
-def convert(source: FolderSource, start: int, config: Config) -> Iterator[PreparedImage]:
+def convert(source: FileSource, start: int, config: Config) -> Iterator[PreparedImage]:
     """The images from a position on, in their order, made by several processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if config["workers"] is None else config["workers"]

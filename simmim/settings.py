@@ -121,8 +121,10 @@ FILES: Section = {"root": TEXT, "val_root": TEXT | NULL, "val_fraction": number(
 SOURCES: dict[str, Section] = {
     "synthetic": {"train_images": count(), "val_images": count(2**20)},
     "folder": FILES,
-    "shards": FILES,
-    "webdataset": FILES,
+    "shards": {**FILES, "labels": WORD},
+    "zip": FILES,
+    "hf": {**FILES, "image_column": TEXT | NULL, "label_column": TEXT | NULL},
+    "list": FILES,
 }
 BATCHES: Section = {
     "source": WORD,
@@ -312,9 +314,16 @@ EMBED: Section = {
     "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
 }
 
+UNREAD = ("val_root", "val_fraction", "cache")
+STORED: dict[str, Section] = {
+    source: {"source": WORD, **{key: kind for key, kind in own.items() if key not in UNREAD}}
+    for source, own in SOURCES.items()
+    if source != "synthetic"
+}
+
 PREPARE: Section = {
     **RUN,
-    "data": {"root": TEXT},
+    "data": section_of(STORED, "source"),
     "out": TEXT,
     "short_side": PIXELS,
     "quality": count(100),
@@ -382,6 +391,8 @@ def unknown_key(key: str, command: str) -> str:
     if owners := list(dict.fromkeys(owner for name, owner in known if name == key and owner)):
         return f"{key} belongs to {' or '.join(owners)}: give that too"
     names = [name for name, _ in known]
+    if key in names:  # of every choice that this command has
+        return f"{key} is no key beside the other choices given: simmim.{command} may not know one of them"
     close = difflib.get_close_matches(key.lower(), names, n=1) or [name for name in names if name.endswith(f".{key}")]
     meant = f"did you mean {close[0]}?" if close else "see all keys with --cfg job"
     return f"{key} is not a key of simmim.{command}: {meant}"

@@ -45,7 +45,9 @@ def test_every_choice_of_every_group_composes(group, choice):
     needed = {
         "folder": ["data.root=photos"],
         "shards": ["data.root=copy"],
-        "webdataset": ["data.root='train-{000..004}.tar'"],
+        "zip": ["data.root=train.zip"],
+        "hf": ["data.root=pets"],
+        "list": ["data.root=images.txt"],
         "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
     }
     root = ["data.root=photos"] if group == "experiment" and choice not in ("debug", "low_label") else []

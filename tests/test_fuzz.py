@@ -2,10 +2,14 @@
 
 import functools
 import math
+import shutil
+from collections import defaultdict
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from datasets import Dataset, Features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,6 +30,10 @@ VARIANTS = {
     "ddp": ("pretrain", ["experiment=debug", "trainer=ddp"]),
     "fsdp": ("pretrain", ["experiment=debug", "trainer=fsdp", "logger=wandb"]),
     "folder": ("pretrain", ["data=folder", "data.root={photos}", "data.num_workers=0", "trainer=cpu"]),
+    "shards": ("pretrain", ["data=shards", "data.root={archive}", "data.num_workers=0", "trainer=cpu"]),
+    "zip": ("pretrain", ["data=zip", "data.root={zipped}", "data.num_workers=0", "trainer=cpu"]),
+    "hf": ("pretrain", ["data=hf", "data.root={rows}", "data.num_workers=0", "trainer=cpu"]),
+    "list": ("finetune", ["encoder={encoder}", "data=list", "data.root={listed}", "data.num_workers=0", "trainer=cpu"]),
     "reconstruct": ("reconstruct", ["encoder=nowhere", "images=nowhere"]),
     "embed": ("embed", ["encoder=nowhere", "images=nowhere", "trainer=cpu"]),
     "finetune": ("finetune", ["encoder={encoder}", "data.num_workers=0", "trainer=cpu"]),
@@ -35,7 +43,7 @@ VARIANTS = {
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
 EXAMPLES = {
-    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
+    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "shards": 8, "zip": 8, "hf": 8, "list": 8, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
     "evaluate": 20, "prepare": 10, "benchmark": 15,
 }  # fmt: skip
 
@@ -58,7 +66,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def places(photos, tmp_path_factory):
-    """What the variants name: photographs, and the file of a classifier of the synthetic classes."""
+    """What the variants name: photographs in every layout, and the file of a classifier of the synthetic classes."""
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
     encoder = create_encoder(
         "swinv2", embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2], extra_norm_every=0, window_size=4
@@ -67,7 +75,18 @@ def places(photos, tmp_path_factory):
     classes = SyntheticSource(1, (8, 8)).classes
     statistics = {"mean": [0.5] * 3, "std": [0.2] * 3}
     save_encoder(encoder, path, image_size=(32, 32), head=head, classes=classes, **statistics)
-    return {"photos": photos, "encoder": path}
+    return {"photos": photos, "encoder": path, **packed(photos, tmp_path_factory.mktemp("packed"))}
+
+
+def packed(photos, folder):
+    files = sorted(photos.iterdir())
+    shutil.make_archive(folder / "archive", "tar", photos)
+    shutil.make_archive(folder / "zipped", "zip", photos)
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files]}
+    Dataset.from_dict(rows, features=Features({"image": datasets.Image()})).save_to_disk(folder / "rows")
+    (folder / "list.txt").write_text("".join(f"{file}\t{number % 2}\n" for number, file in enumerate(files)))
+    places = {"archive": "archive.tar", "zipped": "zipped.zip", "rows": "rows", "listed": "list.txt"}
+    return {word: folder / name for word, name in places.items()}
 
 
 def typed(value):
@@ -103,7 +122,7 @@ def same(value, given_value):
 @functools.cache
 def keys_of(variant):
     name, overrides = VARIANTS[variant]
-    words = [word.format(photos="photos", encoder="encoder") for word in overrides]
+    words = [word.format_map(defaultdict(lambda: "somewhere")) for word in overrides]
     config = compose_config(name, words, output_dir=Path("unused"))
     return sorted(key for key, _ in flat(config) if key != "output_dir")
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+import stat
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -36,10 +37,15 @@ class FileSource(ABC):
 
     Attributes:
         classes: See above. A subset keeps all of them.
+        in_memory: Whether all images are in memory already.
+        how_to_label: What to do where labels are needed and there are none.
 
     Raises:
         ValueError: For other `channels`.
     """
+
+    in_memory = False
+    how_to_label = "put those of each class into a folder of its own, named after it"
 
     def __init__(
         self,
@@ -115,11 +121,32 @@ class FileSource(ABC):
         names = "\0".join(self.relative_name(index) for index in range(len(self)))
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
 
+    def labels_sha256(self) -> str:
+        """A hash of the classes and of all labels in their order."""
+        labels = self._labels[self._indices].astype("<i4").tobytes()
+        return hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape") + labels).hexdigest()
+
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
         """The images at these positions, in this order, as a source that shares the listing."""
         chosen = copy.copy(self)
         chosen._indices = self._indices[np.asarray(indices, dtype=np.int64)]
         return chosen
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file: a pipe would block its reader, a device may have no end.
+
+    Raises:
+        UnreadableImage: If it is none, or cannot be opened; the message does not name the file.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+        data = path.read_bytes() if regular else b""
+    except (OSError, ValueError) as error:  # the latter where a name holds a zero
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+    if not regular:
+        raise UnreadableImage("not a regular file")
+    return data
 
 
 class InMemory:

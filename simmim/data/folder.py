@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from simmim.data.classes import classes_of_folders
 from simmim.data.decoding import HEAD_BYTES, UnreadableImage, image_format
 from simmim.data.files import FileSource, PackedStrings
+from simmim.data.listings import CLOCK_TICK_NS, cache_file
 from simmim.run_folder import whole_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -20,7 +21,6 @@ Files = TypeVar("Files", bound=FileSource)
 
 log = logging.getLogger(__name__)
 _LISTING_VERSION = "simmim folder listing 1"
-_CLOCK_TICK_NS = 2_000_000_000  # the coarsest time stamps of directories in use (FAT)
 
 
 class FolderSource(FileSource):
@@ -45,7 +45,7 @@ class FolderSource(FileSource):
         names = PackedStrings.pack(list_images(folder))
         if not len(names):
             raise ValueError(f"{key}={folder} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
-        super().__init__(folder, names, *_classes(names), channels=channels, key=key)
+        super().__init__(folder, names, *classes_of_folders(names), channels=channels, key=key)
 
     def read(self, index: int) -> bytes:
         """The content of an image's file.
@@ -81,7 +81,7 @@ class SingleImage(FolderSource):
 
     def __init__(self, file: Path, *, channels: int, key: str) -> None:
         names = PackedStrings.pack([file.name])
-        FileSource.__init__(self, file.parent, names, *_classes(names), channels=channels, key=key)
+        FileSource.__init__(self, file.parent, names, *classes_of_folders(names), channels=channels, key=key)
 
 
 def split_by_hash(source: Files, fraction: float) -> tuple[Files, Files]:
@@ -118,13 +118,13 @@ def list_images(root: Path) -> list[str]:
     it has another one. The list is kept in the user's cache folder and used again while no visited folder has
     changed.
     """
-    cache = _cache_file(root)
+    cache = cache_file("folder", _LISTING_VERSION, *SUFFIXES, os.path.realpath(root))
     names = _read_listing(cache, root) if cache else None
     if names is None:
         started = time.time_ns()
         names, folders = _walk(root)
         # A folder that changed within the clock's last tick may change again under the same time stamp.
-        if cache and max(folders.values()) < started - _CLOCK_TICK_NS:
+        if cache and max(folders.values()) < started - CLOCK_TICK_NS:
             _write_listing(cache, names, folders)
     return names
 
@@ -186,31 +186,10 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _classes(names: PackedStrings) -> tuple[list[str], NDArray[np.int32]]:
-    """Class names and a label for each image; no names and -1 if an image lies directly in the root."""
-    if any("/" not in name for name in names):
-        return [], np.full(len(names), -1, dtype=np.int32)
-    found = {name.partition("/")[0] for name in names}
-    numbered = all(name.isdecimal() for name in found)
-    classes = sorted(found, key=lambda name: (int(name) if numbered else 0, name))
-    label = {name: index for index, name in enumerate(classes)}
-    return classes, np.fromiter((label[name.partition("/")[0]] for name in names), np.int32, len(names))
-
-
 def _hash_position(name: str) -> float:
     """A number in [0, 1) that depends on nothing but the name."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _cache_file(root: Path) -> Path | None:
-    """Where the listing of this folder is kept, or None on a system without a home folder."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
-    key = f"{_LISTING_VERSION}\n{os.path.realpath(root)}".encode("utf-8", "surrogateescape")
-    return home / "simmim" / f"folder-{hashlib.sha256(key).hexdigest()[:32]}.npz"
 
 
 def _read_listing(cache: Path, root: Path) -> list[str] | None:

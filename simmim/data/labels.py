@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from simmim.data.files import FileSource, InMemory
+from simmim.data.folder import FolderSource
 from simmim.seeding import derive_seed
 
 
@@ -59,7 +60,7 @@ def check_labels(source: Any, *, key: str) -> None:
     if len(source.classes) == 1:
         raise ValueError(f"{key}: there is one class only ({source.classes[0]}), and nothing to tell apart")
     files = source.source if isinstance(source, InMemory) else source
-    if isinstance(files, FileSource) and (empty := _empty_folders(files)):
+    if isinstance(files, FolderSource) and (empty := _empty_folders(files)):
         raise ValueError(f"{key}={files.root}: the class {empty[0]} has no image: remove its folder, or fill it")
 
 
@@ -117,14 +118,12 @@ def take_fraction(source: Any, fraction: float) -> Any:
 
 def _require_labels(source: Any, key: str) -> None:
     if not source.classes:
-        raise ValueError(
-            f"{key}: these images have no labels: put those of each class into a folder of its own, named after it"
-        )
+        files = source.source if isinstance(source, InMemory) else source
+        advice = files.how_to_label if isinstance(files, FileSource) else FileSource.how_to_label
+        raise ValueError(f"{key}: these images have no labels: {advice}")
 
 
-def _empty_folders(source: FileSource) -> list[str]:
-    """Class folders in which there is no image. A prepared copy or an archive lists images, not folders."""
-    if not source.root.is_dir() or not all((source.root / name).is_dir() for name in source.classes):
-        return []
+def _empty_folders(source: FolderSource) -> list[str]:
+    """Class folders in which there is no image. Other sources list images, not folders."""
     folders = {path.name for path in source.root.iterdir() if path.is_dir() and not path.name.startswith(".")}
     return sorted(folders.difference(source.classes))

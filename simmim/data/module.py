@@ -13,13 +13,13 @@ from torch.utils.data import Dataset, default_collate
 
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import FileSource, InMemory
-from simmim.data.folder import FolderSource, split_by_hash
+from simmim.data.folder import split_by_hash
 from simmim.data.loader import Notes, WatchedLoader, default_workers
 from simmim.data.sampler import SampleKey, SampleStream
 from simmim.data.shards import ShardSource
+from simmim.data.sources import open_files
 from simmim.data.synthetic import SyntheticSource
 from simmim.data.transforms import Transform
-from simmim.data.webdataset import WebDatasetSource
 from simmim.masking import Masking
 from simmim.seeding import generator_from, torch_random_from
 
@@ -29,19 +29,13 @@ MAX_REPLACEMENTS = 100
 FILLER = -1
 """The epoch of a validation sample that does not count."""
 
-FILE_SOURCES: dict[str, type[FolderSource | ShardSource | WebDatasetSource]] = {
-    "folder": FolderSource,
-    "shards": ShardSource,
-    "webdataset": WebDatasetSource,
-}
-
 log = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
     """Where images come from. Adding a source is a file with this, a line in `create_sources` and a config.
 
-    Where it reads files, the line is one of `FILE_SOURCES`.
+    Where it reads files, the line is one of `FILE_SOURCES` in `sources.py`.
     """
 
     classes: list[str]
@@ -99,9 +93,7 @@ def _synthetic(config: dict[str, Any], image_size: tuple[int, int], part: str) -
 
 
 def _open_files(config: dict[str, Any], image_size: tuple[int, int], root: str = "root") -> FileSource:
-    if config["source"] not in FILE_SOURCES:
-        raise ValueError(f"data.source={config['source']} is unknown: choose synthetic, folder, shards or webdataset")
-    files = FILE_SOURCES[config["source"]](config[root], channels=config["channels"], key=f"data.{root}")
+    files = open_files(config, root)
     if isinstance(files, ShardSource) and files.short_side < min(image_size):
         log.warning(
             f"data.image_size: {min(image_size)} px out of a copy whose images have {files.short_side} px at most on "
@@ -114,8 +106,7 @@ def _cached(files: FileSource, config: dict[str, Any], *, key: str = "data.root"
     """What `data.cache` says: the files where they lie, or a copy in memory, unless they are there already."""
     if config["cache"] not in ("none", "ram"):
         raise ValueError(f"data.cache={config['cache']} is unknown: choose none or ram")
-    held = isinstance(files, WebDatasetSource) and files.in_memory
-    return files if config["cache"] == "none" or held else InMemory(files, key=key)
+    return files if config["cache"] == "none" or files.in_memory else InMemory(files, key=key)
 
 
 @dataclass(frozen=True)

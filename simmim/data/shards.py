@@ -24,9 +24,11 @@ import simplejpeg
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from simmim.data.decoding import UnreadableImage, decode, is_upright_jpeg
-from simmim.data.files import FileSource, PackedStrings
+from simmim.data.decoding import decode, is_upright_jpeg
+from simmim.data.files import PackedStrings
 from simmim.data.folder import require_folder
+from simmim.data.listings import Listing
+from simmim.data.packed import PackedSource
 from simmim.run_folder import whole_file
 
 SETTINGS, INDEX, UNREADABLE = "images.json", "index.json", "unreadable.txt"
@@ -36,8 +38,8 @@ _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)  # of an archive
 
 
-class ShardSource(FileSource):
-    """The images of a prepared copy, in the order of the folder, with its names, classes and labels.
+class ShardSource(PackedSource):
+    """The images of a prepared copy, in the order of what it was made from, with its names, classes and labels.
 
     Args:
         root: The copy; `~` is expanded.
@@ -51,41 +53,16 @@ class ShardSource(FileSource):
         ValueError: If there is no whole copy at `root`; for other `channels`.
     """
 
+    how_to_label = "prepare a copy of labelled ones"
+
     def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:
         folder = Path(root).expanduser()
         index = _read_index(folder, key)
         self.short_side: int = index["short_side"]
-        self._shards = [folder / name for name in index["shards"]]
-        records = [_read_record(shard, key) for shard in self._shards]
-        counts = [len(record["names"]) for record in records]
-        self._shard_of = np.repeat(np.arange(len(records), dtype=np.int32), counts)
-        self._offsets = np.concatenate([np.array(record["offsets"], dtype=np.int64) for record in records])
-        self._lengths = np.concatenate([np.array(record["lengths"], dtype=np.int64) for record in records])
-        labels = np.concatenate([np.array(record["labels"], dtype=np.int32) for record in records])
-        names = PackedStrings.pack([name for record in records for name in record["names"]])
-        super().__init__(folder, names, index["classes"], labels, channels=channels, key=key)
-
-    def read(self, index: int) -> bytes:
-        """The content of an image's file.
-
-        Raises:
-            UnreadableImage: If its shard cannot be read.
-        """
-        at = self._indices[index]
-        try:
-            with open(self._shards[self._shard_of[at]], "rb", buffering=0) as file:
-                file.seek(self._offsets[at])
-                return file.read(self._lengths[at])
-        except OSError as error:
-            raise UnreadableImage(error.strerror or str(error)) from error
-
-    def file_size(self, index: int) -> int:
-        """Bytes of an image's file."""
-        return int(self._lengths[self._indices[index]])
-
-    def name(self, index: int) -> str:
-        """Shard and name of an image, as shown to a user."""
-        return f"{self._shards[self._shard_of[self._indices[index]]]}:{self.relative_name(index)}"
+        shards = [folder / name for name in index["shards"]]
+        listings = [_listing_of(_read_record(shard, key)) for shard in shards]
+        labels = np.concatenate([listing.columns["labels"] for listing in listings]).astype(np.int32)
+        super().__init__(folder, shards, listings, index["classes"], labels, channels=channels, key=key)
 
 
 @dataclass(frozen=True)
@@ -178,13 +155,19 @@ def write_shard(shard: Path, images: Iterator[PreparedImage], limit: int) -> dic
 
 def _append(file: IO[bytes], name: str, data: bytes) -> int:
     """Adds a member to an archive; returns where its content begins."""
-    member = tarfile.TarInfo(name)  # of no owner and no date: the same bytes every time
+    member = tarfile.TarInfo(_inside(name))  # of no owner and no date: the same bytes every time
     member.size = len(data)
     file.write(member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
     offset = file.tell()
     file.write(data)
     file.write(bytes(-len(data) % _BLOCK))
     return offset
+
+
+def _inside(name: str) -> str:
+    """A name that leads nowhere else where the archive is unpacked, as one of a zip or a list of files may."""
+    parts = ("_" if part in (".", "..") else part for part in name.split("/"))
+    return "/".join(part for part in parts if part)
 
 
 def write_index(
@@ -240,6 +223,22 @@ def _read_index(folder: Path, key: str) -> dict[str, Any]:
         f"{key}={folder} is no prepared copy: data=folder reads images as they are, and "
         f"python -m simmim.prepare data.root={folder} out=… makes a copy"
     )
+
+
+def is_copy(folder: Path) -> bool:
+    """Whether a folder is a prepared copy, or one that is not finished. Others have an index.json too."""
+    if (folder / SETTINGS).is_file():
+        return True
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and {"short_side", "shards"} <= index.keys()
+
+
+def _listing_of(record: dict[str, Any]) -> Listing:
+    columns = {key: np.array(record[key], dtype=np.int64) for key in ("offsets", "lengths", "labels")}
+    return Listing(PackedStrings.pack(record["names"]), columns)
 
 
 def _read_record(shard: Path, key: str) -> dict[str, Any]:

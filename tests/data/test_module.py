@@ -120,6 +120,6 @@ def test_training_and_validation_differ():
 
 def test_an_unknown_source_is_refused():
     with pytest.raises(
-        ValueError, match=r"^data\.source=lmdb is unknown: choose synthetic, folder, shards or webdataset$"
+        ValueError, match=r"^data\.source=lmdb is unknown: choose synthetic, folder, shards, zip, hf, list$"
     ):
         create_sources({"source": "lmdb", "channels": 3}, (32, 32))

@@ -181,6 +181,7 @@ def test_a_copy_too_small_for_the_images_asked_for_is_told(tmp_path, caplog):
     copy_of(tmp_path)
     config = {
         "source": "shards",
+        "labels": "own",
         "channels": 3,
         "root": str(tmp_path),
         "val_root": None,

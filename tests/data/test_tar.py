@@ -20,12 +20,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from simmim.command import compose_config
-from simmim.data import webdataset
+from simmim.data import patterns, tar
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import InMemory
 from simmim.data.folder import split_by_hash
 from simmim.data.module import create_sources
-from simmim.data.webdataset import WebDatasetSource
+from simmim.data.tar import TarSource
 from simmim.settings import check_settings
 
 
@@ -60,7 +60,7 @@ def names(source):
 
 def refusal(root, **options):
     with pytest.raises(ValueError, match=r"^data\.root") as caught:
-        WebDatasetSource(root, **options)
+        TarSource(root, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -73,7 +73,7 @@ def ending(request):
 def test_images_and_labels_are_those_of_the_archive(tmp_path, ending):
     members = [*labelled(range(4)), ("a/b.c/5.PNG", picture(5, "PNG")), ("a/b.c/5.cls", b" 11\n")]
     path = pack(tmp_path / f"train-0{ending}", members)
-    source = WebDatasetSource(path)
+    source = TarSource(path)
     assert names(source) == [f"{path.name}:{name}" for name in [f"000{n}.jpg" for n in range(4)] + ["a/b.c/5.PNG"]]
     assert source.classes == [str(number) for number in range(12)]
     contents = dict(members)
@@ -82,7 +82,7 @@ def test_images_and_labels_are_those_of_the_archive(tmp_path, ending):
         assert (source.read(index), source.file_size(index)) == (data, len(data))
         assert source.load(index)[1] == label
     assert source.load(4)[0].shape == (3, 10, 25)
-    assert WebDatasetSource(path, channels=1).load(0)[0].shape == (1, 10, 20)
+    assert TarSource(path, channels=1).load(0)[0].shape == (1, 10, 20)
     assert source.name(4) == f"{path}:a/b.c/5.PNG"
     part = source.subset([4, 1])
     assert [part.read(0), part.read(1)] == [contents["a/b.c/5.PNG"], contents["0001.jpg"]]
@@ -92,7 +92,7 @@ def test_only_images_of_their_own_count(tmp_path, ending):
     """WebDataset splits a name at its first dot: KEY.mask.png is another part of the sample."""
     others = ["2.mask.png", "._2.jpg", ".jpg", "2.txt", "__meta__", "d/._2.jpg"]
     pack(tmp_path / f"a{ending}", [("2.jpg", picture(2)), *[(name, picture(9)) for name in others]])
-    source = WebDatasetSource(tmp_path)
+    source = TarSource(tmp_path)
     assert names(source) == [f"a{ending}:2.jpg"]
     assert (source.classes, source.load(0)[1]) == ([], -1)
 
@@ -102,7 +102,7 @@ def test_links_and_devices_are_not_followed(tmp_path, ending, kind):
     path = pack(
         tmp_path / f"a{ending}", [("1.jpg", picture(1))], [("2.jpg", kind), ("../3.jpg", kind), ("1.cls", kind)]
     )
-    source = WebDatasetSource(path)
+    source = TarSource(path)
     assert (names(source), source.classes) == ([f"a{ending}:1.jpg"], [])
     assert sorted(tmp_path.iterdir()) == [path]
 
@@ -110,7 +110,7 @@ def test_links_and_devices_are_not_followed(tmp_path, ending, kind):
 def test_names_of_any_length_and_bytes(tmp_path, ending):
     long = ["x" * 90 + "/" + "y" * 150 + "/ü.jpg", "\udcff.jpg"]
     pack(tmp_path / f"a{ending}", [(name, picture(n)) for n, name in enumerate(long)])
-    source = WebDatasetSource(tmp_path)
+    source = TarSource(tmp_path)
     assert names(source) == [f"a{ending}:{name}" for name in long]
     assert source.read(1) == picture(1)
 
@@ -143,7 +143,7 @@ def test_a_folder_an_archive_a_glob_and_braces(tmp_path, monkeypatch, pattern, n
         if numbers is None:
             assert "lacks" in refusal(root) or ": " in refusal(root)
             continue
-        source = WebDatasetSource(root)
+        source = TarSource(root)
         assert [
             int(re.fullmatch(r"(?:.*/)?(\d+)\.jpg", name.partition(":")[2])[1]) for name in names(source)
         ] == numbers
@@ -155,7 +155,7 @@ def test_a_folder_an_archive_a_glob_and_braces(tmp_path, monkeypatch, pattern, n
 def test_ranges_are_those_of_a_shell():
     for pattern in ("a{0..3}", "a{08..11}b", "{000..002}-{x,y}", "{1..1}", "{9..010}"):
         shell = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True).stdout
-        assert list(webdataset._expanded(pattern, "data.root")) == shell.removesuffix("\n").split(" "), pattern
+        assert list(patterns._expanded(pattern, "data.root")) == shell.removesuffix("\n").split(" "), pattern
 
 
 def test_roots_without_archives_are_one_line(tmp_path):
@@ -169,11 +169,13 @@ def test_roots_without_archives_are_one_line(tmp_path):
     assert "{x} is neither a range" in refusal(tmp_path / "t-{x}.tar")
     assert "more than 100,000 archives" in refusal(tmp_path / "t-{0..999999999}-{0..999999999}.tar")
     (tmp_path / "empty").mkdir()
-    assert "holds no archive (.tar, .tar.gz, .tgz): data=folder" in refusal(tmp_path / "empty")
+    assert "holds neither archives (.tar, .tar.gz, .tgz) nor a prepared copy: data=folder" in refusal(
+        tmp_path / "empty"
+    )
     with pytest.raises(ValueError, match=r"^data\.val_root=.*none\.tar does not exist"):
-        WebDatasetSource(tmp_path / "none.tar", key="data.val_root")
+        TarSource(tmp_path / "none.tar", key="data.val_root")
     with pytest.raises(ValueError, match=r"^data\.channels=2"):
-        WebDatasetSource(tmp_path, channels=2)
+        TarSource(tmp_path, channels=2)
 
 
 def test_json_labels(tmp_path, ending):
@@ -182,7 +184,7 @@ def test_json_labels(tmp_path, ending):
         pair for n, r in enumerate(records) for pair in ((f"{n}.json", json.dumps(r).encode()), (f"{n}.jpg", b"?"))
     ]
     pack(tmp_path / f"a{ending}", [*members, ("3.jpg", b"?"), ("3.json", b'{"label": 9}'), ("3.cls", b"0")])
-    source = WebDatasetSource(tmp_path)
+    source = TarSource(tmp_path)
     assert [source.label(index) for index in range(4)] == [2, 0, 1, 0]
     assert source.classes == ["0", "1", "2"]
 
@@ -190,7 +192,7 @@ def test_json_labels(tmp_path, ending):
 def test_json_without_a_label_labels_nothing(tmp_path):
     contents = [b'{"label": true}', b'{"label": 1.5}', b"{}", b"[1]", b'"label"', b"3"]
     pack(tmp_path / "a.tar", [p for n, c in enumerate(contents) for p in ((f"{n}.jpg", b"?"), (f"{n}.json", c))])
-    assert WebDatasetSource(tmp_path).classes == []
+    assert TarSource(tmp_path).classes == []
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,7 @@ def test_random_damage_raises_nothing_else(tmp_path):
             damaged[at + 148 : at + 156] = b"%06o\0 " % sum(fields)  # a checksum that hides the damage
         (tmp_path / "a.tar").write_bytes(damaged)
         try:
-            WebDatasetSource(tmp_path)
+            TarSource(tmp_path)
         except ValueError as error:
             refused += 1
             assert str(error).startswith("data.root") and "\n" not in str(error)
@@ -307,22 +309,22 @@ def test_random_damage_raises_nothing_else(tmp_path):
 
 def test_a_compressed_archive_that_does_not_fit_is_refused_while_reading(tmp_path, monkeypatch):
     pack(tmp_path / "a.tar.gz", labelled(range(6)))
-    monkeypatch.setattr(webdataset, "free_memory", lambda: 3 * len(picture(1)))
+    monkeypatch.setattr(tar, "free_memory", lambda: 3 * len(picture(1)))
     line = refusal(tmp_path)
     assert "a.tar.gz:0003.jpg: compressed archives are held in memory" in line and "gunzip the archives" in line
     subprocess.run(["gunzip", tmp_path / "a.tar.gz"], check=True)
-    assert len(WebDatasetSource(tmp_path)) == 6
-    monkeypatch.setattr(webdataset, "free_memory", lambda: None)
+    assert len(TarSource(tmp_path)) == 6
+    monkeypatch.setattr(tar, "free_memory", lambda: None)
     pack(tmp_path / "b.tar.gz", labelled(range(6)))
-    assert len(WebDatasetSource(tmp_path)) == 12
+    assert len(TarSource(tmp_path)) == 12
 
 
 def test_bytes_tell_what_is_compressed(tmp_path):
     packed = pack(tmp_path / "a.tar.gz", labelled([1])).rename(tmp_path / "a.tar")
-    assert WebDatasetSource(packed).in_memory
+    assert TarSource(packed).in_memory
     plain = pack(tmp_path / "b.tar", labelled([2])).rename(tmp_path / "b.tar.gz")
-    assert not WebDatasetSource(plain).in_memory
-    assert [WebDatasetSource(tmp_path).read(index) for index in range(2)] == [picture(1), picture(2)]
+    assert not TarSource(plain).in_memory
+    assert [TarSource(tmp_path).read(index) for index in range(2)] == [picture(1), picture(2)]
 
 
 class Images(torch.utils.data.Dataset):
@@ -340,7 +342,7 @@ class Images(torch.utils.data.Dataset):
 def test_loader_processes_read_in_parallel(tmp_path):
     pack(tmp_path / "a.tar", labelled(range(20)))
     pack(tmp_path / "b.tar.gz", labelled(range(20, 40)))
-    source = WebDatasetSource(tmp_path)
+    source = TarSource(tmp_path)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     loader = DataLoader(Images(source), batch_size=None, sampler=order, num_workers=2)
     read = list(loader)
@@ -352,7 +354,7 @@ def test_loader_processes_read_in_parallel(tmp_path):
 def test_the_images_in_memory_are_shared_and_not_sent(tmp_path):
     noise = np.random.default_rng(0).bytes(2**21)
     pack(tmp_path / "a.tar.gz", [("1.jpg", noise)])
-    source = WebDatasetSource(tmp_path)
+    source = TarSource(tmp_path)
     buffer = io.BytesIO()
     ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(source)
     assert len(buffer.getvalue()) < 20_000
@@ -362,15 +364,15 @@ def test_the_images_in_memory_are_shared_and_not_sent(tmp_path):
 def test_the_validation_part_stays_however_the_archives_are_given(tmp_path):
     for shard in range(3):
         pack(tmp_path / f"t-{shard}.tar", labelled(range(40 * shard, 40 * shard + 40)))
-    whole = [set(names(side)) for side in split_by_hash(WebDatasetSource(tmp_path), 0.2)]
-    part = [set(names(side)) for side in split_by_hash(WebDatasetSource(tmp_path / "t-{0..1}.tar"), 0.2)]
+    whole = [set(names(side)) for side in split_by_hash(TarSource(tmp_path), 0.2)]
+    part = [set(names(side)) for side in split_by_hash(TarSource(tmp_path / "t-{0..1}.tar"), 0.2)]
     assert 10 < len(whole[1]) < 40 and not whole[0] & whole[1]
     assert part[0] < whole[0] and part[1] < whole[1]
 
 
 def settings(root, **changes):
     given = [f"data.{key}={value}" for key, value in changes.items()]
-    config = compose_config("pretrain", ["data=webdataset", f"data.root='{root}'", *given], output_dir=root)
+    config = compose_config("pretrain", ["data=shards", f"data.root='{root}'", *given], output_dir=root)
     check_settings(config, "pretrain", typed=["data.root"])
     return config["data"]
 
@@ -379,11 +381,11 @@ def test_the_config_chooses_it_and_memory_is_not_taken_twice(tmp_path):
     pack(tmp_path / "a.tar.gz", labelled(range(20)))
     pack(tmp_path / "b.tar", labelled(range(20)))
     train, validation = create_sources(settings(f"{tmp_path}/{{a.tar.gz,b.tar}}", val_fraction=0.3), (32, 32))
-    assert isinstance(train, WebDatasetSource) and len(train) + len(validation) == 40
+    assert isinstance(train, TarSource) and len(train) + len(validation) == 40
     train, validation = create_sources(
         settings(tmp_path / "a.tar.gz", val_root=f"{tmp_path}/b.tar", cache="ram"), (32, 32)
     )
-    assert isinstance(train, WebDatasetSource) and isinstance(validation, InMemory)
+    assert isinstance(train, TarSource) and isinstance(validation, InMemory)
     assert validation.load(3)[1] == 0
     with pytest.raises(ValueError, match=r"^data\.cache=disk is unknown"):
         create_sources(settings(tmp_path, cache="disk"), (32, 32))
@@ -392,7 +394,7 @@ def test_the_config_chooses_it_and_memory_is_not_taken_twice(tmp_path):
 def test_an_archive_that_goes_while_training(tmp_path):
     pack(tmp_path / "w" / "a.tar", [("1.jpg", picture(1)), ("2.jpg", b"no image")])
     pack(tmp_path / "w" / "b.tar.gz", [("3.jpg", b"no image")])
-    plain, packed = WebDatasetSource(tmp_path / "w" / "a.tar"), WebDatasetSource(tmp_path / "w" / "b.tar.gz")
+    plain, packed = TarSource(tmp_path / "w" / "a.tar"), TarSource(tmp_path / "w" / "b.tar.gz")
     with pytest.raises(UnreadableImage, match="not an image"):
         plain.load(1)
     (tmp_path / "w" / "a.tar").unlink()
@@ -408,29 +410,26 @@ def test_an_archive_that_goes_while_training(tmp_path):
 def test_braces_that_the_shell_took_are_told(tmp_path):
     words = [f"data.root={tmp_path}/t-{number}.tar" for number in range(3)]
     with pytest.raises(ValueError, match=r"^data\.root is given more than once, .*\"data\.root='train-\{000\.\.004\}"):
-        compose_config("pretrain", ["data=webdataset", *words], output_dir=tmp_path)
+        compose_config("pretrain", ["data=shards", *words], output_dir=tmp_path)
 
 
 def test_tiny_imagenet_is_what_tarfile_reads(shared_data):
     folder = shared_data / "tiny-imagenet-50"
-    source = WebDatasetSource(folder / "tin50-train-{000..004}.tar.gz")
+    source = TarSource(folder / "tin50-train-{000..004}.tar.gz")
     assert len(source) == len(set(names(source))) == 25_000
     assert source.classes == [str(number) for number in range(50)]
     assert Counter(source.label(index) for index in range(25_000)) == dict.fromkeys(range(50), 500)
     index = 0
     for path in sorted(folder.glob("tin50-train-*.tar.gz")):
         with tarfile.open(path) as archive:
-            for member in archive:
-                content = archive.extractfile(member).read()
-                if member.name.endswith(".jpg"):
-                    assert source.relative_name(index) == f"{path.name}:{member.name}"
-                    assert source.read(index) == content
-                else:
-                    assert source.label(index) == int(content)
-                    index += 1
-    assert index == 25_000
+            contents = {member.name: archive.extractfile(member).read() for member in archive}
+        for name in sorted(name for name in contents if name.endswith(".jpg")):
+            assert source.relative_name(index) == f"{path.name}:{name}"
+            assert source.read(index) == contents[name]
+            assert source.label(index) == int(contents[name.replace(".jpg", ".cls")])
+            index += 1
     assert source.load(123)[0].shape == (3, 64, 64)
-    assert len(WebDatasetSource(folder / "tin50-val-*.tar.gz")) == 2_500
+    assert len(TarSource(folder / "tin50-val-*.tar.gz")) == 2_500
 
 
 def test_a_run_as_one_types_it(tmp_path):
@@ -438,7 +437,7 @@ def test_a_run_as_one_types_it(tmp_path):
         pack(tmp_path / f"t-{shard:03d}.tar{'.gz' * shard}", labelled(range(20 * shard, 20 * shard + 20)))
     pack(tmp_path / "val.tar", labelled(range(8)))
     done = subprocess.run(
-        [sys.executable, "-m", "simmim.pretrain", "experiment=debug", "data=webdataset", "name=mine",
+        [sys.executable, "-m", "simmim.pretrain", "experiment=debug", "data=shards", "name=mine",
          "data.root='t-{000.tar,001.tar.gz}'", "data.val_root=val.tar", "data.num_workers=2",
          "trainer.max_steps=3"],
         cwd=tmp_path, capture_output=True, text=True, timeout=200,
