@@ -108,6 +108,11 @@ def save_folder(checkpoint: Tree, path: Path) -> None:
     _everywhere(complete)
 
 
+def is_folder_of_shards(path: Path) -> bool:
+    """Whether this is a checkpoint that is a folder, damaged or not."""
+    return path.suffix == ".ckpt" or (path / REST).is_file() or (path / METADATA).is_file()
+
+
 def load(path: Path, *, keep: str = "/") -> Tree:
     """Reads a checkpoint into the memory of this process, tensors in full.
 

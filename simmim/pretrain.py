@@ -16,7 +16,13 @@ from simmim.command import Config, accumulation, command, image_size_of, on_gpu,
 from simmim.data.labels import check_labels, match_labels
 from simmim.data.module import ImageData, create_sources, fixed_batch
 from simmim.data.transforms import centre_transform, per_channel, pretraining_transform
-from simmim.encoders.weights import load_encoder_weights, read_encoder_weights, save_encoder, trained_windows
+from simmim.encoders.weights import (
+    check_said,
+    load_encoder_weights,
+    read_encoder_weights,
+    save_encoder,
+    trained_windows,
+)
 from simmim.masking import Masking
 from simmim.plan import advice
 from simmim.run import (
@@ -59,8 +65,9 @@ def _run(config: Config) -> dict[str, Any]:
     output_dir, image_size = Path(config["output_dir"]), image_size_of(config)
     checkpoint = find_checkpoint(config["resume"], output_dir)
     if config["encoder"] is not None and config["model"]["pretrained_window_size"] is None:
-        windows = trained_windows(read_encoder_weights(Path(config["encoder"]))[1])
-        config = {**config, "model": {**config["model"], "pretrained_window_size": windows}}
+        known = read_encoder_weights(Path(config["encoder"]))[1]
+        check_said(Path(config["encoder"]), known, {"model.pretrained_window_size": None})
+        config = {**config, "model": {**config["model"], "pretrained_window_size": trained_windows(known)}}
     task, data, length = build(config)
     if checkpoint is not None:
         refuse_changed_settings(checkpoint, dict(task.hparams))

@@ -352,11 +352,14 @@ BENCHMARK: Section = {
 
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
+INSPECT: Section = {**RUN, "encoder": TEXT}
+
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
     "embed": EMBED,
     "evaluate": EVALUATE,
     "finetune": FINETUNE,
+    "inspect": INSPECT,
     "plan": PLAN,
     "pretrain": PRETRAIN,
     "reconstruct": RECONSTRUCT,

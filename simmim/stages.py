@@ -8,7 +8,7 @@ import torch
 
 from simmim.command import Config, image_size_of
 from simmim.encoders import SIZES, SwinTransformerV2, create_encoder
-from simmim.encoders.weights import load_encoder_weights, load_head, trained_windows
+from simmim.encoders.weights import check_said, load_encoder_weights, load_head, trained_windows
 from simmim.tasks.classification import Classification
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,12 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
         if model["name"] is None:
             raise ValueError(
                 "encoder=null trains from scratch, and then model=… says what: model=swinv2_t; or give encoder=<run "
-                "folder, *.ckpt or *.safetensors>"
+                "folder, checkpoint or file of weights>"
             )
         known = {"config": {"in_channels": 3}, "windows": None}
     else:
+        given = {**{f"model.{key}": value for key, value in model.items()}, "data.image_size": data["image_size"]}
+        check_said(Path(config["encoder"]), known, given)
         model["name"] = model["name"] or "swinv2"
         depths = model["depths"] or SIZES.get(model["name"], known["config"])["depths"]
         alike = len(depths) == len(known["config"]["depths"])  # else loading says what differs

@@ -14,7 +14,18 @@ MODULES = {
     ".".join(("simmim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-NAMES = ("benchmark", "consolidate", "embed", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
+NAMES = (
+    "benchmark",
+    "consolidate",
+    "embed",
+    "evaluate",
+    "finetune",
+    "inspect",
+    "plan",
+    "prepare",
+    "pretrain",
+    "reconstruct",
+)
 COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [
     {"simmim.seeding", "simmim.masking", "simmim.probes", "simmim.run_folder", "simmim.targets"},

@@ -15,7 +15,18 @@ from simmim.run import run_length
 from simmim.training.schedule import lr_factor
 
 GROUPS = ("data", "experiment", "logger", "model", "stage", "trainer")
-COMMANDS = ("benchmark", "consolidate", "embed", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct")
+COMMANDS = (
+    "benchmark",
+    "consolidate",
+    "embed",
+    "evaluate",
+    "finetune",
+    "inspect",
+    "plan",
+    "prepare",
+    "pretrain",
+    "reconstruct",
+)
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 # Typed from the published tables. lr at the global batch it is given for.

@@ -39,12 +39,13 @@ VARIANTS = {
     "finetune": ("finetune", ["encoder={encoder}", "data.num_workers=0", "trainer=cpu"]),
     "scratch": ("finetune", ["experiment=debug"]),
     "evaluate": ("evaluate", ["encoder={encoder}", "data.num_workers=0", "trainer=cpu"]),
+    "inspect": ("inspect", ["encoder=nowhere"]),
     "prepare": ("prepare", ["data.root={photos}", "out=copy"]),
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
 EXAMPLES = {
-    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "shards": 8, "zip": 8, "hf": 8, "list": 8, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
-    "evaluate": 20, "prepare": 10, "benchmark": 15,
+    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "shards": 8, "zip": 8, "hf": 8, "list": 8, "reconstruct": 10,
+    "embed": 10, "finetune": 40, "scratch": 20, "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15,
 }  # fmt: skip
 
 VALUES = [

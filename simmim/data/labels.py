@@ -67,6 +67,9 @@ def check_labels(source: Any, *, key: str) -> None:
 def match_labels(source: Any, classes: list[str], *, key: str) -> tuple[Any, str]:
     """A source whose labels are those of given classes, by name; or by number where its folders are numbered.
 
+    Where the classes are numbers alone, as those of a released classifier, as many folders stand for them in the order
+    of their names.
+
     Args:
         source: An `ImageSource`, which may have fewer classes.
         classes: What the labels shall mean.
@@ -88,6 +91,9 @@ def match_labels(source: Any, classes: list[str], *, key: str) -> tuple[Any, str
         known = {name: int(name) for name in unknown if int(name) < len(classes)}
         said = f"{len(source.classes)} numbered folders, taken as the numbers of the {len(classes)} classes"
         unknown = [name for name in source.classes if name not in known]
+    if len(unknown) == len(source.classes) == len(classes) and classes == [str(n) for n in range(len(classes))]:
+        known, unknown = {name: number for number, name in enumerate(source.classes)}, []
+        said = f"{len(classes)} folders in their order, taken as the classes of the model, which have numbers alone"
     if unknown:
         raise ValueError(
             f"{key} has the class {unknown[0]}, which is none of the {len(classes)} classes known "

@@ -1,24 +1,23 @@
-"""Encoder weights on disk, and their names in timm and transformers.
+"""Encoder weights on disk: a safetensors file whose metadata rebuild the encoder with nothing else in hand.
 
-A file of ours is a safetensors file whose metadata rebuild the encoder with nothing else in hand. The
-functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike.
+What others released is read as well, see `simmim.encoders.released`: which it is, the content of a file decides, not
+its name.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simmim.checkpoint_files import load, load_rest
+from simmim.checkpoint_files import is_folder_of_shards, load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
 from simmim.encoders.position_bias import move_table
+from simmim.encoders.released import read_released
+from simmim.encoders.tensor_files import WEIGHTS, is_safetensors, read_pytorch, read_safetensors
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
@@ -33,93 +32,18 @@ SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size
 BEFORE = {"position_bias": "log_cpb"}
 """What the configuration of older files, which does not say, stands for."""
 
+OURS: dict[str, Any] = {"origin": "simmim", "decoder": None, "notes": []}
+"""Whose names a file has, and what was done to read it."""
+
+UNSAID = {
+    "model.window_size": "tokens",
+    "model.pretrained_window_size": "tokens, one number or one a stage as [12,12,12,6]",
+    "data.image_size": "px",
+}
+"""What a file of others may not say, and what to give then."""
+
 OPTIONAL = ("mean", "std", "classes", "test_crop", "interpolation")
 """What older files do not say."""
-
-BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
-"""What other libraries store, or once stored, though it can be recomputed."""
-
-# Rules of renaming, ours to theirs: {s} stage, {b} block, {l} layer. What follows (.weight, .bias) stays.
-TIMM_NAMES = {
-    "embed.proj": "patch_embed.proj",
-    "embed.norm": "patch_embed.norm",
-    "merges.{s}.reduction": "layers.{s+1}.downsample.reduction",  # theirs opens the next stage
-    "merges.{s}.norm": "layers.{s+1}.downsample.norm",
-    "norm": "norm",
-    "stages.{s}.{b}.attention.qkv": "layers.{s}.blocks.{b}.attn.qkv",
-    "stages.{s}.{b}.attention.q_bias": "layers.{s}.blocks.{b}.attn.q_bias",
-    "stages.{s}.{b}.attention.v_bias": "layers.{s}.blocks.{b}.attn.v_bias",
-    "stages.{s}.{b}.attention.logit_scale": "layers.{s}.blocks.{b}.attn.logit_scale",
-    "stages.{s}.{b}.attention.position_bias.mlp.{l}": "layers.{s}.blocks.{b}.attn.cpb_mlp.{l}",
-    "stages.{s}.{b}.attention.proj": "layers.{s}.blocks.{b}.attn.proj",
-    "stages.{s}.{b}.norm1": "layers.{s}.blocks.{b}.norm1",
-    "stages.{s}.{b}.mlp.0": "layers.{s}.blocks.{b}.mlp.fc1",
-    "stages.{s}.{b}.mlp.2": "layers.{s}.blocks.{b}.mlp.fc2",
-    "stages.{s}.{b}.norm2": "layers.{s}.blocks.{b}.norm2",
-}
-
-TRANSFORMERS_NAMES = {
-    "mask_token": "embeddings.mask_token",
-    "embed.proj": "embeddings.patch_embeddings.projection",
-    "embed.norm": "embeddings.norm",
-    "merges.{s}.reduction": "encoder.layers.{s}.downsample.reduction",  # theirs closes the stage
-    "merges.{s}.norm": "encoder.layers.{s}.downsample.norm",
-    "norm": "layernorm",
-    "stages.{s}.{b}.attention.query": "encoder.layers.{s}.blocks.{b}.attention.self.query",
-    "stages.{s}.{b}.attention.key": "encoder.layers.{s}.blocks.{b}.attention.self.key",
-    "stages.{s}.{b}.attention.value": "encoder.layers.{s}.blocks.{b}.attention.self.value",
-    "stages.{s}.{b}.attention.logit_scale": "encoder.layers.{s}.blocks.{b}.attention.self.logit_scale",
-    "stages.{s}.{b}.attention.position_bias.mlp.{l}": (
-        "encoder.layers.{s}.blocks.{b}.attention.self.continuous_position_bias_mlp.{l}"
-    ),
-    "stages.{s}.{b}.attention.proj": "encoder.layers.{s}.blocks.{b}.attention.output.dense",
-    "stages.{s}.{b}.norm1": "encoder.layers.{s}.blocks.{b}.layernorm_before",
-    "stages.{s}.{b}.mlp.0": "encoder.layers.{s}.blocks.{b}.intermediate.dense",
-    "stages.{s}.{b}.mlp.2": "encoder.layers.{s}.blocks.{b}.output.dense",
-    "stages.{s}.{b}.norm2": "encoder.layers.{s}.blocks.{b}.layernorm_after",
-}
-
-
-def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as timm's `SwinTransformerV2` does; it has no mask token, which is left out.
-
-    Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
-    """
-    return _rename_ours({key: value for key, value in state.items() if key != "mask_token"}, TIMM_NAMES, "timm")
-
-
-def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names timm's weights as our encoder does: all but the mask token. The classifier (`head.`) is left out.
-
-    Raises:
-        ValueError: If a key is neither the encoder's, nor the classifier's, nor a buffer of the geometry. The
-            authors' released files are such a case: their patch mergings close a stage.
-    """
-    return _rename_theirs(state, TIMM_NAMES, heads=("head.",), library="timm")
-
-
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as transformers' `Swinv2Model` does, made with `use_mask_token=True`.
-
-    Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
-    """
-    return _rename_ours(_split_qkv(state), TRANSFORMERS_NAMES, "transformers")
-
-
-def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names the weights of transformers' `Swinv2Model` as our encoder does.
-
-    Models with a head keep the encoder below `swinv2.`: that prefix goes, and so do the heads (`classifier.`,
-    `decoder.`). The mask token is there if theirs has one.
-
-    Raises:
-        ValueError: If a key is neither the encoder's, nor a head's, nor a buffer of the geometry.
-    """
-    state = {key.removeprefix("swinv2."): value for key, value in state.items()}
-    heads = ("classifier.", "decoder.")
-    return _join_qkv(_rename_theirs(state, TRANSFORMERS_NAMES, heads=heads, library="transformers"))
 
 
 def save_encoder(
@@ -173,20 +97,30 @@ def save_encoder(
         temporary.chmod(mode)
 
 
-def load_encoder(path: Path) -> SwinTransformerV2:
+def load_encoder(
+    path: Path,
+    *,
+    window_size: int | None = None,
+    pretrained_window_size: int | Sequence[int | Sequence[int]] | None = None,
+) -> SwinTransformerV2:
     """Rebuilds an encoder from a file alone, on the CPU and in training mode like any new module.
 
     Args:
         path: What `read_encoder_weights` reads.
+        window_size: Side of the window in tokens, instead of the file's; of one that does not say it, needed.
+        pretrained_window_size: Likewise, see `SwinTransformerV2`; None keeps the file's.
 
     Raises:
-        ValueError: If there are no weights of ours, or they contradict their own configuration.
+        ValueError: If there are no weights, they contradict their own configuration, or a window is unknown.
     """
-    file = find_encoder_file(path)
-    weights, metadata = read_encoder_weights(file)
+    weights, metadata = read_encoder_weights(path)
+    trained = pretrained_window_size if window_size is None else pretrained_window_size or trained_windows(metadata)
+    given = {"window_size": window_size, "pretrained_window_size": trained}
+    check_said(path, metadata, {f"model.{key}": value for key, value in given.items()})
+    config = metadata["config"] | {key: value for key, value in given.items() if value is not None}
     with torch.device("meta"):  # the initial values are never computed
-        encoder = SwinTransformerV2(**metadata["config"])
-    _check_fit(encoder, weights, metadata, file)
+        encoder = SwinTransformerV2(**config)
+    _check_fit(encoder, weights, metadata, find_encoder_file(path))
     encoder.to_empty(device="cpu").load_state_dict(weights)
     return encoder
 
@@ -203,10 +137,10 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
         image_size: Height and width in pixels that the encoder is going to see.
 
     Returns:
-        One sentence for the log: what was loaded, from where, and how it was trained.
+        For the log: what was loaded, from where, how it was trained; of a file of others, what was left out or added.
 
     Raises:
-        ValueError: If there are no weights of ours, a name or shape differs, the position bias is of another kind, or
+        ValueError: If there are no weights, a name or shape differs, the position bias is of another kind, or
             the windows change and the model does not say which windows a continuous one was trained with.
     """
     file = find_encoder_file(path)
@@ -216,34 +150,47 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
         weights = _move_tables(encoder, weights, trained, image_size)
     _check_fit(encoder, weights, metadata, file)
     if encoder.config["position_bias"] != "table":
+        given = encoder.config["pretrained_window_size"]
+        check_said(file, metadata, {"model.pretrained_window_size": given})
         _check_windows(encoder, metadata, image_size, file)
     floats = {key: weight.to(torch.float32) for key, weight in weights.items()}
     encoder.load_state_dict(floats, assign=True)  # an encoder on the meta device has no memory to copy into
     parameters = sum(weight.numel() for weight in weights.values()) / 1e6
     report = f"Loaded all {len(weights)} tensors of the encoder ({parameters:.1f} M parameters) from {file}"
-    if trained is None:
-        return f"{report}, trained at an unknown image size."
-    windows = ", ".join(map(_by, trained))
-    return f"{report}, trained at {_by(metadata['image_size'])} px with windows of {windows} tokens."
+    if metadata["origin"] != "simmim":
+        report += f", named as {metadata['origin']} does"
+    size, windows = metadata["image_size"], ", ".join(map(_by, trained or []))
+    report += f", trained at {_by(size)} px" if size else ", trained at an unknown image size"
+    report += f" with windows of {windows} tokens" if windows else ""
+    return ". ".join([report, *(f"{note[0].upper()}{note[1:]}" for note in metadata["notes"])]) + "."
 
 
 def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the weights of an encoder and what is known of it, without running any code of the file.
 
     Args:
-        path: A run folder, a training checkpoint (*.ckpt) or an encoder file of ours (*.safetensors).
+        path: A run folder, a training checkpoint, an encoder file of ours, or what the authors of Swin Transformer V2,
+            timm, transformers or torchvision wrote: a file of weights, or a folder with them and a `config.json`.
 
     Returns:
-        The state dict, on the CPU, and the metadata: `architecture`; `config`, the arguments of
-        `SwinTransformerV2`; `image_size` in pixels and `windows` of each stage in tokens, [height, width]
-        each; `mean` and `std` of each image channel, in units of 0 to 1; None where unknown; `head` and `classes`
-        of the classifier, `test_crop` and `interpolation` of its validation, None where there is none.
+        The state dict, on the CPU, and the metadata: `origin`, "simmim" or who else named the weights; `architecture`;
+        `config`, the arguments of `SwinTransformerV2`, with None for a window that others do not say; `image_size` in
+        pixels and `windows` of each stage in tokens, [height, width] each; `mean` and `std` of each image channel, in
+        units of 0 to 1; None where unknown; `head` and `classes` of the classifier, `test_crop` and `interpolation` of
+        its validation, None where there is none. Of a file of others: `decoder`, the linear layer that predicts pixels
+        in SimMIM, or None; `notes`, what was left out or added, in words.
 
     Raises:
-        ValueError: If nothing of ours is there, or it is damaged.
+        ValueError: If there are no weights of a Swin Transformer V2, they are damaged, or could run code.
     """
     file = find_encoder_file(path)
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
+    if file.is_dir():
+        return _read_checkpoint(file)
+    if is_safetensors(file):
+        weights, metadata = read_safetensors(file)
+        return _from_ours(weights, metadata) if metadata.get("format") == "simmim" else read_released(weights, file)
+    tree = read_pytorch(file)
+    return _read_checkpoint(file) if _is_ours(tree) else read_released(tree, file)
 
 
 def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None:
@@ -261,6 +208,40 @@ def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None
     if given is not None or metadata["windows"] is None:
         return given
     return [height if height == width else [height, width] for height, width in metadata["windows"]]
+
+
+def unsaid(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a file of others does not say of its training: the keys to give, and of what kind each is.
+
+    Args:
+        metadata: See `read_encoder_weights`.
+    """
+    if metadata["origin"] == "simmim":  # what its older files lack is what is usual
+        return {}
+    known = {
+        "model.window_size": metadata["config"]["window_size"],
+        "model.pretrained_window_size": trained_windows(metadata),
+        "data.image_size": metadata["image_size"],
+    }
+    return {key: UNSAID[key] for key, value in known.items() if value is None}
+
+
+def check_said(path: Path, metadata: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses weights of others of whose training something is unknown: nothing is guessed.
+
+    Args:
+        path: Where they are.
+        metadata: See `read_encoder_weights`.
+        given: What the user says of the keys of `unsaid` that matter; None for what is left to the file.
+
+    Raises:
+        ValueError: With the keys to give.
+    """
+    if lacking := {key: kind for key, kind in unsaid(metadata).items() if key in given and given[key] is None}:
+        ways = " ".join(f"{key}=<{kind}>" for key, kind in lacking.items())
+        raise ValueError(
+            f"encoder={path}, named as {metadata['origin']} does, does not say how it was trained: give {ways}"
+        )
 
 
 def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -289,44 +270,41 @@ def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[st
 def find_encoder_file(path: Path) -> Path:
     """The file to read: of a run folder its encoder.safetensors, else the checkpoint of the highest step.
 
+    Of a folder that timm or transformers wrote: its weights.
+
     Raises:
-        ValueError: If there is none, or the file is of another kind.
+        ValueError: If there is none.
     """
-    if path.is_dir() and path.suffix != ".ckpt":
-        return _find_in_run(path)
     if not path.exists():
-        raise ValueError(f"encoder={path} does not exist: give a run folder, a *.ckpt or a *.safetensors file")
-    if path.suffix not in (".ckpt", ".safetensors"):
-        raise ValueError(f"encoder={path} has an unknown ending: give a run folder, a *.ckpt or a *.safetensors file")
-    return path
-
-
-def _find_in_run(folder: Path) -> Path:
-    if (folder / ENCODER).is_file():
-        return folder / ENCODER
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
+        raise ValueError(f"encoder={path} does not exist: give a run folder, a checkpoint or a file of weights")
+    if not path.is_dir() or is_folder_of_shards(path):
+        return path
+    files = [path / ENCODER, *list_checkpoints(path)[-1:], *(path / name for name in WEIGHTS)]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
         raise ValueError(
-            f"encoder={folder} is no run folder with weights: it holds neither encoder.safetensors nor "
-            "a file checkpoints/step_*.ckpt"
+            f"encoder={path} is no folder with weights: it holds neither {ENCODER} nor a checkpoints/step_*.ckpt, as "
+            f"a run does, nor {' or '.join(WEIGHTS)}"
         )
-    return checkpoints[-1]
+    return found
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata() or {}
-            weights = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"encoder={file} cannot be read, perhaps it was cut short: {_first_line(error)}") from error
-    if metadata.get("format") != "simmim":
-        raise ValueError(f"encoder={file} was not written by simmim: its metadata lack the encoder's configuration")
+def _from_ours(weights: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
     values |= {key: json.loads(metadata.get(key, "null")) for key in OPTIONAL}
     values["config"] = BEFORE | values["config"]
     head = {key: weights.pop(key) for key in [key for key in weights if key.startswith(HEAD)]}
-    return weights, {"architecture": metadata["architecture"], "head": _named_below(HEAD, head) or None, **values}
+    return weights, {
+        **OURS,
+        "architecture": metadata["architecture"],
+        "head": _named_below(HEAD, head) or None,
+        **values,
+    }
+
+
+def _is_ours(tree: Any) -> bool:
+    state = tree.get("state_dict") if isinstance(tree, dict) else None
+    return isinstance(state, dict) and any(str(key).startswith(CHECKPOINT_PREFIXES) for key in state)
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -352,6 +330,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size = settings.get("image_size")
     windows = None if size is None else [list(window) for window in encoder.windows(*size)]
     return weights, {
+        **OURS,
         "architecture": "swinv2",
         "config": encoder.config,
         "image_size": None if size is None else list(size),
@@ -418,84 +397,5 @@ def _check_windows(
         )
 
 
-def _rename_ours(state: Mapping[str, Tensor], names: dict[str, str], library: str) -> dict[str, Tensor]:
-    if other := next((key for key in state if ".position_bias." in key and ".position_bias.mlp." not in key), None):
-        raise ValueError(f"{library} knows model.position_bias=log_cpb alone, and the encoder has {other}")
-    complaint = f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
-    return _rename(state, list(names.items()), complaint)
-
-
-def _rename_theirs(
-    state: Mapping[str, Tensor], names: dict[str, str], *, heads: tuple[str, ...], library: str
-) -> dict[str, Tensor]:
-    needed = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(heads) and key.rpartition(".")[2] not in BUFFERS
-    }
-    rules = [(theirs, ours) for ours, theirs in names.items()]
-    return _rename(needed, rules, f"these are not the weights of a Swin V2 encoder of {library}: unknown keys")
-
-
-def _rename(state: Mapping[str, Tensor], rules: list[tuple[str, str]], complaint: str) -> dict[str, Tensor]:
-    names = {key: next(filter(None, (_translate(key, *rule) for rule in rules)), None) for key in state}
-    unknown = [key for key, name in names.items() if name is None]
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise ValueError(f"{complaint}: {', '.join(unknown[:3])}{more}")
-    return {name: state[key] for key, name in names.items() if name is not None}
-
-
-def _translate(key: str, source: str, target: str) -> str | None:
-    """The key in the form of target if it has the form of source; {s+1} is one more than {s}."""
-    found = _pattern(source).fullmatch(key)
-    if found is None:
-        return None
-    numbers = {slot: int(found[slot]) - int(f"{{{slot}+1}}" in source) for slot in "sbl" if f"{{{slot}" in source}
-    if min(numbers.values(), default=0) < 0:
-        return None
-    for slot, number in numbers.items():
-        target = target.replace(f"{{{slot}}}", str(number)).replace(f"{{{slot}+1}}", str(number + 1))
-    return target + (found["leaf"] or "")
-
-
-@lru_cache(maxsize=128)
-def _pattern(template: str) -> re.Pattern[str]:
-    escaped = template.replace(".", r"\.")
-    return re.compile(re.sub(r"\{(\w)(\+1)?\}", r"(?P<\1>\\d+)", escaped) + r"(?P<leaf>\.weight|\.bias)?")
-
-
-def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    split = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition("attention.")
-        if leaf == "qkv.weight":
-            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                split[f"{stem}attention.{name}.weight"] = part
-        elif leaf in ("q_bias", "v_bias"):
-            split[f"{stem}attention.{'query' if leaf == 'q_bias' else 'value'}.bias"] = value
-        else:
-            split[key] = value.view(1, 1, -1) if key == "mask_token" else value
-    return split
-
-
-def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    joined = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition("attention.")
-        if leaf == "query.weight":
-            parts = [state[f"{stem}attention.{name}.weight"] for name in ("query", "key", "value")]
-            joined[f"{stem}attention.qkv.weight"] = torch.cat(parts)
-        elif leaf in ("query.bias", "value.bias"):
-            joined[f"{stem}attention.{leaf[0]}_bias"] = value
-        elif leaf not in ("key.weight", "value.weight"):
-            joined[key] = value.flatten() if key == "mask_token" else value
-    return joined
-
-
 def _by(size: int | Iterable[int]) -> str:
     return f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

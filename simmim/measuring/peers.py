@@ -4,7 +4,6 @@ Each peer is that library's own encoder, unchanged, between the mask token and t
 extras: a library that is not installed is refused with one line.
 """
 
-import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.encoders import SwinTransformerV2
-from simmim.encoders.weights import to_timm, to_transformers
+from simmim.encoders.names import to_timm, to_torchvision, to_transformers
 from simmim.masking import expand_mask
 from simmim.tasks.pretraining import MaskedImageModel
 
@@ -96,7 +95,7 @@ class TorchvisionPeer(nn.Module):
             downsample_layer=PatchMergingV2,
         )
         self.encoder.head = nn.Identity()
-        _load(self.encoder, _torchvision_names(to_timm(network.encoder.state_dict())))
+        _load(self.encoder, to_torchvision(network.encoder.state_dict()))
         self.mask_token = nn.Parameter(network.encoder.mask_token.detach().clone())
         self.head = _copy_head(network)
         self.stride = network.encoder.stride
@@ -180,21 +179,6 @@ def _copy_head(network: MaskedImageModel) -> nn.Linear:
     copy = nn.Linear(head.in_features, head.out_features)
     copy.load_state_dict(head.state_dict())
     return copy
-
-
-def _torchvision_names(timm: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names of timm as torchvision's: patches, stages and mergings take turns in `features`."""
-    named = {}
-    for key, value in timm.items():
-        key = re.sub(r"layers\.(\d+)\.blocks", lambda found: f"features.{2 * int(found[1]) + 1}", key)
-        key = re.sub(r"layers\.(\d+)\.downsample", lambda found: f"features.{2 * int(found[1])}", key)
-        for theirs, other in (("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"), ("patch_embed.norm", "features.0.2")):
-            key = key.replace(theirs, other)
-        named[key.replace("patch_embed.proj", "features.0.0")] = value
-    for key in [key for key in named if key.endswith("attn.q_bias")]:
-        query, value = named.pop(key), named.pop(key.replace("q_bias", "v_bias"))
-        named[key.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
-    return named
 
 
 def _load(encoder: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import to_timm
+from simmim.encoders.names import to_timm
 from simmim.tasks.classification import MOST_CONFUSED, Classification, ImageClassifier
 from simmim.training.optimizer import create_optimizer
 

@@ -7,7 +7,7 @@ from transformers import Swinv2Config, Swinv2ForMaskedImageModeling
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer
 
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import from_transformers
+from simmim.encoders.names import from_transformers
 from simmim.masking import expand_mask
 from simmim.tasks.pretraining import MaskedImageModel
 
