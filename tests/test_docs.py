@@ -1,9 +1,12 @@
 """The documentation: it builds without a broken link, its commands run, and its drawings say what the code computes."""
 
 import importlib.util
+import io
 import re
 import tarfile
 import tomllib
+import zipfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from unittest import mock
 
@@ -38,15 +41,34 @@ def reader(tmp_path):
     for part, count in (("train", 12), ("val", 2), ("test", 2)):
         for kind in ("cat", "dog"):
             photographs(tmp_path / part / kind, count)
+    pictures = sorted((tmp_path / "photos").iterdir())
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for image in pictures:
+            archive.write(image, image.name)
+    (tmp_path / "images.txt").write_text("".join(f"photos/{image.name}\n" for image in pictures))
     for number in range(2):
         with tarfile.open(tmp_path / f"train-{number:03}.tar", "w") as archive:
-            for image in sorted((tmp_path / "photos").iterdir())[number::2]:
+            for image in pictures[number::2]:
                 archive.add(image, image.name)
     return tmp_path
 
 
+def save_to_disk(pictures, folder):
+    """As a person makes a data set of a few files."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": [str(path) for path in pictures]}).cast_column(
+        "image", datasets.Image()
+    )
+    with redirect_stderr(io.StringIO()):  # a bar
+        rows.save_to_disk(folder)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_from_top_to_bottom(page, reader, capsys):
+    if "data=hf" in page.read_text():
+        pictures = sorted((reader / "photos").iterdir())
+        save_to_disk(pictures, reader / "pets" / "train")
+        save_to_disk(pictures[:2], reader / "pets" / "test")
     run_page(page, reader, capsys)
 
 
