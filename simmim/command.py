@@ -2,13 +2,17 @@
 
 import functools
 import logging
+import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 import torch
@@ -17,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -25,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from simmim.settings import check_settings, unknown_key
+from simmim.sweep_folder import Job, read_jobs, write_job
 from simmim.training.checkpoint import Stopped
 
 log = logging.getLogger(__name__)
@@ -36,6 +42,12 @@ USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 RENAMED = {"data=webdataset": "data=shards reads WebDataset archives, and prepared copies too"}
 """What was once the name of a choice, and what to type now."""
+
+PLUGINS = {"joblib": "sweep", "optuna": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+"""What comes with an extra of the package: Hydra's launchers and sweepers."""
+
+CLOCKS = 60.0
+"""Seconds by which the clocks of a cluster's machines may differ."""
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL)."""
@@ -90,42 +102,65 @@ def save_config(config: Config, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(config), path)
 
 
-def command(function: Callable[[Config], Any], *, positional: str | None = None) -> Callable[[], None]:
+def read_config(path: Path) -> Config:
+    """A config that `save_config` has written."""
+    config: Config = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    return config
+
+
+def planned_jobs(sweep: Path) -> int | None:
+    """How many jobs a sweep over listed values has, begun or not; None where its folder does not say."""
+    if not (path := sweep / "multirun.yaml").is_file():
+        return None
+    settings = OmegaConf.load(path).hydra
+    words = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*words, *settings.overrides.task])
+    lengths = {one.key_or_group: len([*one.sweep_iterator()]) if one.is_sweep_override() else 1 for one in parsed}
+    return math.prod(lengths.values())
+
+
+def command(
+    function: Callable[[Config], Any], *, positional: str | None = None, objective: str | None = None
+) -> Callable[[], None]:
     """The entry point of a command, made from the function that takes its config as plain values.
 
     The config is `conf/<name of the function>.yaml`. A user's error is one line, on the screen and in `run.log`,
-    and exit code 1; `HYDRA_FULL_ERROR=1` shows the traceback. In a multirun every job runs, and a line for each
-    one that failed comes last. A run that was asked to stop ends with `EXIT_STOPPED`, and the multirun with it. Of
-    several processes the first one speaks; the others only say what went wrong.
+    and exit code 1; `HYDRA_FULL_ERROR=1` shows the traceback. In a multirun every job runs, in whatever process, and
+    leaves `job.json`; a line for each one that failed comes last. A run that was asked to stop ends with
+    `EXIT_STOPPED`, and the multirun with it. Of several processes the first one speaks; the others only say what went
+    wrong.
 
     Args:
         function: What the command does.
         positional: Key of an argument that may be given without it.
+        objective: What of the function's results a sweeper learns from, which searches for the least.
     """
     name = function.__name__
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     failures: list[str] = []
 
     @hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")
-    def run(config: DictConfig) -> None:
+    def run(config: DictConfig) -> float | None:
         settings = HydraConfig.get()
-        sweep = settings.mode == RunMode.MULTIRUN
         first = getattr(rank_zero_only, "rank", 0) == 0
         if not first:
             logging.getLogger().setLevel(logging.ERROR)
         try:
-            plain = to_plain(config, name, list(settings.overrides.task))
-            if sweep:
-                _refuse_launching(plain)
-            function(plain)
+            with _recorded(settings, name, first=first):
+                plain = to_plain(config, name, list(settings.overrides.task))
+                if settings.mode == RunMode.MULTIRUN:
+                    _refuse_launching(plain)
+                result = function(plain)
         except Stopped as stopped:
             log.warning(stopped)
             # A process that Lightning started must not fail, or it would kill the first one.
             sys.exit(EXIT_STOPPED if first or _started_from_outside() else 0)
         except Exception as error:
-            job = f"job {settings.job.num} ({settings.job.override_dirname}) failed: " if sweep else ""
+            job = f"job {settings.job.num} failed: " if settings.mode == RunMode.MULTIRUN else ""
             failures.append(f"{job}{_one_line(error)}")
             log.error(failures[-1], exc_info=traceback or not isinstance(error, USER_ERRORS))
+            return None
+        return float(result[objective]) if objective is not None else None
 
     @functools.wraps(function)
     def main() -> None:
@@ -138,19 +173,57 @@ def command(function: Callable[[Config], Any], *, positional: str | None = None)
             sys.argv[1] = f"{positional}='{quoted}'"
         logging.raiseExceptions = False  # a run.log for which there is no room ends no run, and prints no traceback
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
+        sys.argv.append(f"+hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}")
+        SweepFolder.path, started, ended = None, time.time(), ""
+        failures.clear()
         try:
             _check_choices(sys.argv[1:], name)
             run()
-        except USER_ERRORS as error:  # before a job began: the config does not compose
+        except (*USER_ERRORS, BrokenExecutor) as error:  # the config does not compose, or a sweep could not go on
             if traceback:
                 raise
-            sys.exit(explain(error, name))
-        if sweep_failed := [line for line in failures if line.startswith("job ")]:
-            print(*sweep_failed, sep="\n", file=sys.stderr)
-        if failures:
-            sys.exit(1)
+            ended = explain(error, name)
+        told = [*_failed_jobs(since=started - CLOCKS), *filter(None, [ended])]
+        if told or failures:
+            sys.exit("\n".join(told) or 1)
 
     return main
+
+
+class SweepFolder(Callback):
+    """Notes where the jobs of a multirun write; with some launchers, only other processes would know."""
+
+    path: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra calls it before the first job."""
+        SweepFolder.path = Path(config.hydra.sweep.dir)
+
+
+@contextmanager
+def _recorded(settings: Any, name: str, *, first: bool) -> Iterator[None]:
+    """Keeps in `job.json` how a job of a multirun ends: its process may be another one than the multirun's."""
+    if settings.mode != RunMode.MULTIRUN or not first:
+        yield
+        return
+    folder = Path(settings.runtime.output_dir)
+    job = Job(int(settings.job.num), name, list(settings.overrides.task), started=time.time())
+    write_job(job, folder)
+    try:
+        yield
+    except Stopped:
+        write_job(job.ended("stopped", now=time.time()), folder)
+        raise
+    except Exception as error:
+        write_job(job.ended("failed", now=time.time(), error=_one_line(error)), folder)
+        raise
+    write_job(job.ended("done", now=time.time()), folder)
+
+
+def _failed_jobs(*, since: float) -> list[str]:
+    """A line for each job of the multirun that has just ended, if it failed and had begun after a time."""
+    jobs = [] if SweepFolder.path is None else read_jobs(SweepFolder.path).values()
+    return [job.failure for job in jobs if job.state == "failed" and job.started >= since]
 
 
 def _check_choices(words: list[str], name: str) -> None:
@@ -196,10 +269,17 @@ def explain(error: Exception, name: str) -> str:
         )
     if unknown := re.match(r"(?s).*Could not find '(.+)/(.+?)'", text):
         group, choice = unknown.groups()
+        if group.startswith("hydra/") and choice in PLUGINS:
+            return f"{group}={choice} is not installed: pip install 'simmim[{PLUGINS[choice]}]'"
         advice = RENAMED.get(f"{group}={choice}") or f"choose one of {', '.join(_choices(group))}"
         return f"{group}={choice} is unknown: {advice}"
     if merging := re.match(r"Error merging override (.+)", text):
         return f"{merging[1]}: this key holds something else than such a value: see its default with --cfg job"
+    if isinstance(error, BrokenExecutor):
+        return (
+            "the process of a job was killed, for want of memory perhaps, and the sweep ended with it: fewer jobs at a "
+            "time (hydra.launcher.n_jobs=…), and the same command with resume=auto goes on"
+        )
     if isinstance(error, OSError) and error.filename:
         return (
             f"the run folder {error.filename} cannot be written ({error.strerror}): start where you may write, or give "

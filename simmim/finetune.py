@@ -158,4 +158,4 @@ def _describe(config: Config, task: Classification, data: ImageData, length: Len
 
 
 if __name__ == "__main__":
-    command(finetune)()
+    command(finetune, objective="val_loss")()

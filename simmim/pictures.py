@@ -1,10 +1,13 @@
 """What a person sees of a model: original, masked, reconstruction, and both together."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
@@ -23,6 +26,42 @@ MOST_NUMBERED = 20
 """Up to so many classes, their counts can be read in a picture."""
 
 PANELS = ("original", "masked", "reconstruction", "with visible part")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one run has come to.
+
+    Args:
+        x: A number, or a word.
+        y: A number.
+        kind: Points of a kind have one colour, and are joined where x is a number.
+        label: Stands beside the point.
+        whole: Whether the run has ended; else the point is hollow.
+    """
+
+    x: float | str
+    y: float
+    kind: str
+    label: str = ""
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Points over one axis.
+
+    Args:
+        points: At least one.
+        xlabel: With its unit.
+        ylabel: Likewise.
+        logarithmic: Whether x is.
+    """
+
+    points: Sequence[Point]
+    xlabel: str
+    ylabel: str
+    logarithmic: bool = False
 
 
 def four_panels(original: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
@@ -149,6 +188,72 @@ def draw_position_bias(
         figure.supxlabel(caption, fontsize=8, color="0.35")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def draw_runs(
+    panels: Sequence[Panel],
+    path: Path,
+    *,
+    title: str,
+    kinds: str = "",
+    band: tuple[float, float, str] | None = None,
+    caption: str = "",
+) -> None:
+    """Writes a PNG of what the runs of a sweep have come to.
+
+    Args:
+        panels: Side by side, with the same kinds of points.
+        path: File to write; its folder is made.
+        title: A line above.
+        kinds: What the kinds are, above their names.
+        band: Part of each x axis to shade: from, to, and what it is.
+        caption: A line below.
+    """
+    names = list(dict.fromkeys(point.kind for panel in panels for point in panel.points))
+    colours = {name: colormaps["viridis"](0.9 * index / max(1, len(names) - 1)) for index, name in enumerate(names)}
+    figure = Figure(figsize=(1.2 + 4.4 * len(panels), 4.6), layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        if band is not None:
+            axis.axvspan(band[0], band[1], color="tab:green", alpha=0.12, lw=0, label=band[2])
+        for index, name in enumerate(names):
+            points = [point for point in panel.points if point.kind == name]
+            _draw_kind(axis, points, colours[name], name, below=index % 2 == 0)
+        if panel.logarithmic:
+            axis.set_xscale("log")
+        axis.margins(x=0.12, y=0.12)
+        axis.set_xlabel(panel.xlabel)
+        axis.set_ylabel(panel.ylabel)
+        axis.grid(alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(names) > 1 or band is not None:
+        figure.legend(handles, labels, title=kinds, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    if caption:
+        figure.supxlabel(caption, fontsize=8, color="0.35")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def _draw_kind(axis: Any, points: Sequence[Point], colour: Any, name: str, *, below: bool) -> None:
+    """Joined in the order of x, each with its label, right below or left above; unfinished ones hollow."""
+    words = any(isinstance(point.x, str) for point in points)
+    points = points if words else sorted(points, key=lambda point: point.x)
+    joined = "" if words else "-"
+    axis.plot([point.x for point in points], [point.y for point in points], joined, color=colour, alpha=0.5, lw=1)
+    axis.plot([], [], "o", color=colour, label=_drawable(name))
+    for point in points:
+        axis.plot([point.x], [point.y], "o", color=colour, mfc=colour if point.whole else "white")
+        axis.annotate(
+            _drawable(point.label),
+            (point.x, point.y),
+            xytext=(6, -4) if below else (-6, 4),
+            textcoords="offset points",
+            ha="left" if below else "right",
+            va="top" if below else "bottom",
+            fontsize=8,
+            color="0.25",
+            parse_math=False,
+        )
 
 
 def _drawable(name: str) -> str:

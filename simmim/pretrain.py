@@ -186,4 +186,4 @@ def _summarise(output_dir: Path, trainer: Trainer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command(pretrain)()
+    command(pretrain, objective="val_loss")()

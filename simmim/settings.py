@@ -353,6 +353,7 @@ BENCHMARK: Section = {
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
 INSPECT: Section = {**RUN, "encoder": TEXT}
+REPORT: Section = {**RUN, "folder": TEXT, "finetuned": TEXT | NULL, "out": TEXT | NULL}
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
@@ -365,6 +366,7 @@ SETTINGS: dict[str, Section] = {
     "reconstruct": RECONSTRUCT,
     "prepare": PREPARE,
     "benchmark": BENCHMARK,
+    "report": REPORT,
 }
 
 

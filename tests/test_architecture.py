@@ -25,18 +25,19 @@ NAMES = (
     "prepare",
     "pretrain",
     "reconstruct",
+    "report",
 )
 COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [
     {"simmim.seeding", "simmim.masking", "simmim.probes", "simmim.run_folder", "simmim.targets"},
-    {"simmim.checkpoint_files", "simmim.feature_files"},
+    {"simmim.checkpoint_files", "simmim.feature_files", "simmim.sweep_folder"},
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},
     {"simmim.tasks"},
     {"simmim.measuring", "simmim.settings"},
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice
-    {"simmim.run", "simmim.stages", "simmim.embedding"},
+    {"simmim.run", "simmim.stages", "simmim.embedding", "simmim.sweep_results"},
     COMMANDS - {"simmim.plan"},
 ]
 HYDRA = {"hydra", "omegaconf"}

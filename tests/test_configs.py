@@ -14,19 +14,21 @@ from simmim.encoders import create_encoder
 from simmim.run import run_length
 from simmim.training.schedule import lr_factor
 
-GROUPS = ("data", "experiment", "logger", "model", "stage", "trainer")
+GROUPS = ("data", "experiment", "logger", "model", "stage", "sweep", "trainer")
 COMMANDS = (
-    "benchmark",
-    "consolidate",
-    "embed",
-    "evaluate",
-    "finetune",
-    "inspect",
-    "plan",
-    "prepare",
-    "pretrain",
-    "reconstruct",
+    *("benchmark", "consolidate", "embed", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct"),
+    *("inspect", "report"),
 )
+SPECIAL = {  # ranges of a sweep for a model, and what Hydra's own groups get
+    "sweep/mask/swinv2_mini.yaml",
+    *(
+        f"sweep/{sweep}/{model}.yaml"
+        for sweep in ("learning_rate", "learning_rate_optuna")
+        for model in ("swinv2_mini", "pretrained")
+    ),
+    "hydra/launcher/processes.yaml",
+    "hydra/launcher/slurm.yaml",
+}
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 # Typed from the published tables. lr at the global batch it is given for.
@@ -71,7 +73,7 @@ def test_every_choice_of_every_group_composes(group, choice):
 def test_every_yaml_is_a_command_or_a_choice():
     files = {str(p.relative_to(config_folder())) for p in config_folder().rglob("*.yaml")}
     known = {f"{group}/{choice}.yaml" for group, choice in CHOICES} | {f"{c}.yaml" for c in (*COMMANDS, "run")}
-    assert files == known
+    assert files == known | SPECIAL
 
 
 @pytest.mark.parametrize("command", COMMANDS)

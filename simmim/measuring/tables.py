@@ -41,7 +41,7 @@ def write_markdown(rows: Sequence[dict[str, Any]], path: Path, *, title: str, no
     lines = [
         f"# {title}",
         "",
-        "| " + " | ".join(key.replace("_", " ") for key in columns) + " |",
+        "| " + " | ".join(key if "." in key else key.replace("_", " ") for key in columns) + " |",
         "|" + "|".join("---:" if key in numeric else "---" for key in columns) + "|",
         *("| " + " | ".join(_shown(row[key]) for key in columns) + " |" for row in rows),
         "",
