@@ -32,6 +32,9 @@ BLOCK = re.compile(r"(?:^ *<!-- (?P<mark>[a-z]+)(?P<why>:[^>]+)? -->\n+)?^(?P<in
 MARKS = {"": False, "refused": False, "composed": True, "typed": True}
 """And whether each must say why."""
 
+POSITIONAL = {"consolidate": "checkpoint", "inspect": "encoder", "report": "folder"}
+"""What a command may be given without its key, as the first word."""
+
 STEPS = {"trainer.max_steps": 1, "log_every_n_steps": 1}
 SMALL = {
     "pretrain": {**STEPS, "pictures": 2},
@@ -93,7 +96,7 @@ def jobs(overrides):
 
 def composed(name, overrides):
     """The configs of a command's jobs."""
-    keyed = [f"checkpoint={overrides[0]}", *overrides[1:]] if name == "consolidate" else overrides
+    keyed = [f"{POSITIONAL[name]}={overrides[0]}", *overrides[1:]] if name in POSITIONAL else overrides
     return [compose_config(name, [word for word in job if "=" in word], output_dir=Path("unused"))
             for job in jobs(keyed)]  # fmt: skip
 
