@@ -5,22 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simmim.checkpoint_files import load
 from simmim.command import Config, command
 from simmim.data.decoding import UnreadableImage, decode
 from simmim.data.folder import FolderSource
 from simmim.data.transforms import centre_transform
-from simmim.encoders.weights import read_encoder_weights
+from simmim.encoders.weights import read_encoder_weights, unsaid
 from simmim.masking import Masking, average_distance
 from simmim.pictures import draw_panels
-from simmim.run_folder import shown
+from simmim.run_folder import list_checkpoints, shown
 from simmim.seeding import generator_from
+from simmim.stages import USUAL
 from simmim.tasks.pretraining import Pretraining
 from simmim.training.checkpoint import newest_checkpoint
 
 log = logging.getLogger(__name__)
+
+MASKING = {"strategy": "random", "patch_size": 32, "ratio": 0.6}
+"""How SimMIM's released models were pretrained (arXiv 2111.09886, section 4.1.2): their files do not say it."""
 
 
 def reconstruct(config: Config) -> Path:
@@ -35,7 +39,7 @@ def reconstruct(config: Config) -> Path:
     Raises:
         ValueError: If the checkpoint has no prediction head, or no image can be read.
     """
-    task = load_pretraining(Path(config["encoder"]))
+    task = load_pretraining(Path(config["encoder"]), target=config["target"])
     masking = masking_of(task, **config["masking"])
     names, images = load_images(Path(config["images"]), task, config["count"])
     masks = torch.stack([masking(generator_from(config["seed"], "mask", index)) for index in range(len(images))])
@@ -50,12 +54,22 @@ def reconstruct(config: Config) -> Path:
     return path
 
 
-def load_pretraining(path: Path) -> Pretraining:
+def load_pretraining(path: Path, *, target: str | None = None) -> Pretraining:
     """The pretraining task of a run folder (its newest checkpoint) or a checkpoint, ready to predict.
+
+    Args:
+        path: One of them, or what others released with SimMIM's decoder.
+        target: What a released decoder predicts, "raw" or "normalized" pixels; None for a run of ours, which says it.
 
     Raises:
         ValueError: If there is no checkpoint of a pretraining run.
     """
+    if path.exists() and (path.is_file() or not list_checkpoints(path)):
+        weights, known = read_encoder_weights(path)
+        if known["origin"] != "simmim":
+            return _released(path, weights, known, target)
+    if target is not None:
+        raise ValueError(f"target={target} is for decoders that others released: encoder={path} says its own")
     if path.suffix == ".safetensors":
         raise ValueError(
             f"encoder={path} holds an encoder without its prediction head: give the run folder or a *.ckpt"
@@ -65,6 +79,50 @@ def load_pretraining(path: Path) -> Pretraining:
     state = load(checkpoint, keep="/state_dict/")
     task = Pretraining(**state["hyper_parameters"])
     task.load_state_dict(state["state_dict"], assign=True)
+    return task.eval()
+
+
+def _released(path: Path, weights: dict[str, Tensor], known: dict[str, Any], target: str | None) -> Pretraining:
+    """The task of weights that others pretrained by SimMIM, with its linear head and masking."""
+    decoder = known["decoder"]
+    if decoder is None:
+        raise ValueError(
+            f"encoder={path} holds no decoder, which predicts pixels: give what SimMIM's pretraining wrote"
+        )
+    if lacking := unsaid(known):
+        raise ValueError(f"encoder={path} does not say its {' and '.join(lacking)}: reconstruct takes no others")
+    if target not in ("raw", "normalized"):
+        raise ValueError(
+            f"target={target}: encoder={path} does not say which pixels its decoder predicts: give target=raw, or "
+            "target=normalized, as SimMIM's SwinV2 was pretrained"
+        )
+    task = Pretraining(
+        model={"name": "swinv2", **known["config"]},
+        objective={
+            "head": "linear",
+            "loss": "l1",
+            "predict": "hidden",
+            "target": target,
+            "target_window": 47,
+            "target_downsampling": 1,
+        },
+        masking=MASKING,
+        image_size=known["image_size"],
+        **{key: known[key] or USUAL[key] for key in ("mean", "std")},
+        optimizer={},
+        schedule={},
+        ema_decay=None,
+        seed=0,
+    )
+    head = task.network.head
+    assert isinstance(head, nn.Linear)
+    if decoder["weight"].shape != head.weight.shape:
+        raise ValueError(
+            f"encoder={path} has a decoder of {len(decoder['weight'])} numbers a token, and the pixels below one are "
+            f"{len(head.weight)}"
+        )
+    task.network.encoder.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    head.load_state_dict({key: value.float() for key, value in decoder.items()}, assign=True)
     return task.eval()
 
 

@@ -290,6 +290,7 @@ PLAN: Section = {
 RECONSTRUCT: Section = {
     **RUN,
     "encoder": TEXT,
+    "target": WORD,
     "images": TEXT,
     "count": count(1000),
     "seed": SEED,

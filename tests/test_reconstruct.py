@@ -1,13 +1,16 @@
+import math
 import re
 
 import pytest
 import torch
 from PIL import Image
+from transformers import Swinv2Config, Swinv2ForMaskedImageModeling
 
 from simmim.command import compose_config
+from simmim.masking import expand_mask
 from simmim.pictures import GREY
 from simmim.pretrain import pretrain
-from simmim.reconstruct import load_pretraining, masking_of, reconstruct
+from simmim.reconstruct import load_images, load_pretraining, losses, masking_of, reconstruct
 from simmim.tasks.pretraining import MaskedImageModel
 
 
@@ -101,3 +104,56 @@ def test_no_image_is_one_line(run, photos, tmp_path):
     (photos / "deep" / "b.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds no image that can be read"):
         draw(run, photos, tmp_path)
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A model of masked images, pretrained elsewhere; its folder says all but the target."""
+    torch.manual_seed(0)
+    shape = {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8]}
+    theirs = Swinv2ForMaskedImageModeling(Swinv2Config(image_size=96, window_size=6, encoder_stride=32, **shape))
+    for parameter in theirs.parameters():
+        parameter.data += torch.randn(parameter.shape) * (0.02 if parameter.ndim > 1 else 0.3)
+    theirs.save_pretrained(tmp_path / "released")
+    return theirs.eval()
+
+
+def test_a_released_decoder_predicts_what_it_did(released, photos, tmp_path):
+    task = load_pretraining(tmp_path / "released", target="raw")
+    names, images = load_images(photos, task, 2)
+    masks = torch.stack([torch.rand(3, 3, generator=torch.Generator().manual_seed(n)) < 0.6 for n in range(len(names))])
+    with torch.no_grad():
+        hidden = expand_mask(masks, 24, 24).flatten(1)
+        pixels = task.normalize(images)
+        expected = [
+            float(released(pixels[n : n + 1], bool_masked_pos=hidden[n : n + 1]).loss) for n in range(len(names))
+        ]
+        whole = released(pixels, bool_masked_pos=hidden).reconstruction
+        torch.testing.assert_close(task.network.reconstruct(pixels, masks), whole, atol=1e-4, rtol=1e-4)
+    assert losses(task, images, masks)[0] == pytest.approx(expected, rel=1e-4)
+    assert not math.isclose(*expected)
+    assert draw(tmp_path / "released", photos, tmp_path / "out", "target=normalized").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], r"target=None: encoder=.* does not say which pixels its decoder predicts: give target=raw"),
+        (["target=words"], r"^target=words: "),
+    ],
+)
+def test_what_a_released_decoder_predicts_must_be_said(released, words, reason, photos, tmp_path):
+    with pytest.raises(ValueError, match=reason) as caught:
+        draw(tmp_path / "released", photos, tmp_path / "out", *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_says_its_own_target(run, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"^target=raw is for decoders that others released"):
+        draw(run, photos, tmp_path, "target=raw")
+
+
+def test_released_weights_without_a_decoder_are_refused(released, photos, tmp_path):
+    released.swinv2.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=r"holds no decoder, which predicts pixels"):
+        draw(tmp_path / "encoder", photos, tmp_path / "out", "target=raw")

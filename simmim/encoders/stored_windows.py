@@ -85,6 +85,8 @@ def _image_size(windows: Mapping[int, Window], masks: Mapping[int, Tensor], patc
     """From the number of shifted windows, or from a window that shrank to its map; None if neither tells it."""
     sizes = set()
     for stage, mask in masks.items():
+        if len(torch.unique(mask[-1], dim=0)) < 4:  # shifted along one axis alone: the windows could lie either way
+            continue
         rows, columns = _grid(mask)
         height, width = windows[stage]
         sizes.add((rows * height * patch_size * 2**stage, columns * width * patch_size * 2**stage))

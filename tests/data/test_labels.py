@@ -94,6 +94,16 @@ def test_classes_that_are_named_by_numbers_are_matched_by_name():
     assert "by name" in said
 
 
+def test_as_many_folders_stand_for_numbered_classes_in_their_order():
+    """As the classes of a released classifier, whose file has no names."""
+    matched, said = match_labels(Listed([0, 1, 2], ["cat", "dog", "fox"]), ["0", "1", "2"], key="data.root")
+    assert (labels_of(matched), matched.classes) == ([0, 1, 2], ["0", "1", "2"])
+    assert said == "3 folders in their order, taken as the classes of the model, which have numbers alone"
+    for known in (["0", "1", "2", "3"], ["0", "1", "two"], ["0", "2", "1"]):
+        with pytest.raises(ValueError, match=r"^data\.root has the class cat, which is none of"):
+            match_labels(Listed([0, 1, 2], ["cat", "dog", "fox"]), known, key="data.root")
+
+
 @pytest.mark.parametrize(
     ("classes", "unknown"),
     [(["dress", "wig"], "wig"), (["0", "3"], "3"), (["0", "hat"], "0"), (["wig", "2"], "wig")],

@@ -6,7 +6,6 @@ timm's network, whose function is the same: mergings one stage lower, and the bu
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -301,45 +300,6 @@ def test_half_precision_tells_the_same(tmp_path: Path) -> None:
     assert {value.dtype for value in load_encoder(tmp_path / "h").state_dict().values()} == {torch.float32}
 
 
-class Planted:
-    """Unpickling it would leave a trace."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
-
-
-def planted(path: Path) -> Path:
-    tree = {"model": official(timm_network()), "config": Planted(path / "ran")}
-    torch.save(tree, path / "planted.pth")
-    return path / "planted.pth"
-
-
-def planted_long_ago(path: Path) -> Path:
-    tree = {"model": {"weight": torch.zeros(2)}, "config": Planted(path / "ran")}
-    torch.save(tree, path / "planted.pth", _use_new_zipfile_serialization=False)
-    return path / "planted.pth"
-
-
-def cut(path: Path) -> Path:
-    torch.save(official(timm_network()), path / "cut.pth")
-    (path / "cut.pth").write_bytes((path / "cut.pth").read_bytes()[:-5000])
-    return path / "cut.pth"
-
-
-def cut_safetensors(path: Path) -> Path:
-    save_file(timm_network().state_dict(), path / "model.safetensors")
-    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-5000])
-    return path / "model.safetensors"
-
-
-def a_page(path: Path) -> Path:
-    (path / "released.pth").write_text("<html>not found</html>")
-    return path / "released.pth"
-
-
 def first_version(path: Path) -> Path:
     network = SwinTransformer([4, 4], window_size=[7, 7], **SHAPE)
     torch.save(network.state_dict(), path / "swin.pth")
@@ -397,12 +357,6 @@ def another_activation(path: Path) -> Path:
     return path
 
 
-def damaged_config(path: Path) -> Path:
-    Swinv2Model(transformers_config()).save_pretrained(path)
-    (path / "config.json").write_text("{")
-    return path
-
-
 def other_windows_in_each_stage(path: Path) -> Path:
     network = timm.create_model("swinv2_tiny_window8_256", **SHAPE, window_size=(16, 8, 8, 8))
     save_for_hf(network, str(path), safe_serialization=True)
@@ -412,11 +366,6 @@ def other_windows_in_each_stage(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (planted, "needs posix.mkdir to be unpickled, which could run any code.*weights_only=False"),
-        (planted_long_ago, r"needs posix.mkdir to be unpickled, which could run any code"),
-        (cut, "cut short"),
-        (cut_safetensors, "cut short"),
-        (a_page, "no file of weights"),
         (first_version, "Swin Transformer V1 .*relative_position_bias_table"),
         (first_version_of_the_authors, "Swin Transformer V1"),
         (vit, r"a Vision Transformer \(ViT\)"),
@@ -426,7 +375,6 @@ def other_windows_in_each_stage(path: Path) -> Path:
         (linearly_spaced, "not spaced as in log_cpb"),
         (contradicting, r"its config.json has depths=\[2, 2, 2, 2\], and its tensors \[1, 2, 1, 1\]"),
         (another_activation, "its config.json has hidden_act=relu, and the encoder knows gelu alone"),
-        (damaged_config, "config.json is no JSON"),
         (other_windows_in_each_stage, "are not those of one window"),
     ],
 )
@@ -435,4 +383,3 @@ def test_what_the_encoder_is_not_is_refused(make: Callable[[Path], Path], reason
     with pytest.raises(ValueError, match=reason) as caught:
         read_encoder_weights(path)
     assert str(caught.value).startswith(f"encoder={path}") and "\n" not in str(caught.value)
-    assert not (tmp_path / "ran").exists()
