@@ -44,8 +44,8 @@ VARIANTS = {
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
 EXAMPLES = {
-    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "shards": 8, "zip": 8, "hf": 8, "list": 8, "reconstruct": 10,
-    "embed": 10, "finetune": 40, "scratch": 20, "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15,
+    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
+    "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15, "shards": 6, "zip": 5, "hf": 6, "list": 6,
 }  # fmt: skip
 
 VALUES = [

@@ -1,9 +1,12 @@
 """The names and numbers of classes, from what names or labels a source has."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+_MAX_CLASS = 10**6
 
 
 def sort_classes(found: Iterable[str]) -> list[str]:
@@ -31,3 +34,16 @@ def classes_of_folders(names: Iterable[str]) -> tuple[list[str], NDArray[np.int3
 def classes_of_numbers(numbers: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int32]]:
     """Classes of images from the class number of each: 0 to the largest one, as strings; none if all are negative."""
     return [str(number) for number in range(int(numbers.max()) + 1)], np.asarray(numbers, dtype=np.int32)
+
+
+def class_number(text: str, what: str) -> int:
+    """A class number, as text.
+
+    Raises:
+        ValueError: If it is none, or too large.
+    """
+    if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
+        raise ValueError(f"{what} holds {text[:40]!r} instead of a class number alone")
+    if not 0 <= (label := int(text)) < _MAX_CLASS:
+        raise ValueError(f"{what}: the class number {label} must lie between 0 and {_MAX_CLASS - 1:,}")
+    return label

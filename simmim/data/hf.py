@@ -47,8 +47,6 @@ class HFSource(FileSource):
     ) -> None:
         folder = _dataset_folder(Path(root).expanduser(), key)
         rows = _load(folder, key)
-        if not len(rows):
-            raise ValueError(f"{key}={folder} has no rows")
         image = image_column or _only_column(rows, "Image", "data.image_column", f"{key}={folder}")
         if image is None:
             raise ValueError(
@@ -117,6 +115,8 @@ def _dataset_folder(folder: Path, key: str) -> Path:
             "writes one, and data=folder reads images that lie in a folder"
         )
     files = _json(folder / _STATE, key).get("_data_files")
+    if files == []:
+        raise ValueError(f"{key}={folder} has no rows")
     names = [file.get("filename") if isinstance(file, dict) else None for file in files or [None]]
     if planted := [name for name in names if not _is_plain(name)]:
         raise ValueError(f"{key}={folder}: {_STATE} names {planted[0]!r}, which is no file of the data set")

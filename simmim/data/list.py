@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.classes import classes_of_names, classes_of_numbers
+from simmim.data.classes import class_number, classes_of_names, classes_of_numbers
 from simmim.data.files import FileSource, PackedStrings, read_file
-
-_MAX_CLASS = 10**6
 
 
 class ListSource(FileSource):
@@ -97,9 +95,7 @@ def _classes(words: list[str | None], names: list[str], given: str) -> tuple[lis
             f"{given}: {names[words.index(None)]} has no class, as {len(words) - len(told):,} of {len(words):,} lines: "
             "give all a class or none"
         )
-    if not all(word.isdecimal() for word in told):
+    if not all(word.isascii() and word.isdecimal() for word in told):
         return classes_of_names(told)
-    numbers = np.array([min(int(word), _MAX_CLASS) for word in told], dtype=np.int64)
-    if numbers.max() >= _MAX_CLASS:
-        raise ValueError(f"{given}: {names[int(numbers.argmax())]}: a class number is below {_MAX_CLASS:,}")
-    return classes_of_numbers(numbers)
+    numbers = [class_number(word, f"{given}: {name}") for word, name in zip(told, names, strict=True)]
+    return classes_of_numbers(np.array(numbers, dtype=np.int64))

@@ -112,6 +112,11 @@ class KeptListings:
         return listings
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a name in an archive, or that of a folder on its way, begins with a dot, as `._1.jpg`."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
 def cache_file(kind: str, *what: str) -> Path | None:
     """Where a list of this kind is kept for what it depends on, or None on a system without a home folder."""
     try:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -10,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from simmim.data.classes import class_number
+from simmim.data.listings import is_hidden
+
 LABELS = (".cls", ".json")
 
 _GZIP = b"\x1f\x8b"
 _END = bytes(tarfile.BLOCKSIZE)  # of an archive, twice
 _MAX_LABEL_BYTES = 2**24  # of a .json, which may hold captions too
-_MAX_CLASS = 10**6
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             archive.members.clear()  # type: ignore[attr-defined]  # a million of them take a gigabyte
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name} is stored as a sparse file")
-            if member.isreg() and not member.name.rpartition("/")[2].startswith("."):
+            if member.isreg() and not is_hidden(member.name):
                 yield member
     file.seek(archive.offset)
     if (block := file.read(len(_END))) != _END:
@@ -94,19 +95,6 @@ def label_of(file: IO[bytes], member: tarfile.TarInfo, what: str) -> int | None:
         label = _label_of_json(text, what)
         return None if label is None else class_number(str(label), what)
     return class_number(text, what)
-
-
-def class_number(text: str, what: str) -> int:
-    """A class number, as text.
-
-    Raises:
-        ValueError: If it is none, or too large.
-    """
-    if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
-        raise ValueError(f"{what} holds {text[:40]!r} instead of a class number alone")
-    if not 0 <= (label := int(text)) < _MAX_CLASS:
-        raise ValueError(f"{what}: the class number {label} must lie between 0 and {_MAX_CLASS - 1:,}")
-    return label
 
 
 def _label_of_json(text: str, what: str) -> int | None:

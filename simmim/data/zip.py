@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.classes import classes_of_folders, classes_of_numbers
+from simmim.data.classes import class_number, classes_of_folders, classes_of_numbers
 from simmim.data.decoding import UnreadableImage
 from simmim.data.folder import SUFFIXES
-from simmim.data.listings import KeptListings, Listing
+from simmim.data.listings import KeptListings, Listing, is_hidden
 from simmim.data.packed import PackedSource
-from simmim.data.tar_members import class_number
 
 _ENCRYPTED = 1  # bit of a member's flags
 _LOCAL_HEADER = 30  # bytes, before name and extra field, whose lengths end it
@@ -129,8 +128,8 @@ def _list_zip(file: Path, key: str) -> Listing:
 def _is_image(member: zipfile.ZipInfo) -> bool:
     """Whether a member is a visible file, named as an image is. Its name is a name, and no path to anywhere."""
     kind = stat.S_IFMT(member.external_attr >> 16)
-    base = member.filename.rpartition("/")[2]
-    return kind in (0, stat.S_IFREG) and not base.startswith(".") and base.lower().endswith(SUFFIXES)
+    named = member.filename.lower().endswith(SUFFIXES) and not is_hidden(member.filename)
+    return named and kind in (0, stat.S_IFREG)
 
 
 def _inflate(data: bytes, size: int) -> bytes:

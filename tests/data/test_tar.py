@@ -90,7 +90,7 @@ def test_images_and_labels_are_those_of_the_archive(tmp_path, ending):
 
 def test_only_images_of_their_own_count(tmp_path, ending):
     """WebDataset splits a name at its first dot: KEY.mask.png is another part of the sample."""
-    others = ["2.mask.png", "._2.jpg", ".jpg", "2.txt", "__meta__", "d/._2.jpg"]
+    others = ["2.mask.png", "._2.jpg", ".jpg", "2.txt", "__meta__", "d/._2.jpg", ".d/2.jpg"]
     pack(tmp_path / f"a{ending}", [("2.jpg", picture(2)), *[(name, picture(9)) for name in others]])
     source = TarSource(tmp_path)
     assert names(source) == [f"a{ending}:2.jpg"]
