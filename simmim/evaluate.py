@@ -67,6 +67,11 @@ def evaluate(config: Config) -> dict[str, Any]:
 def _run(config: Config) -> dict[str, Any]:
     prepare_torch(config)
     path, output_dir = Path(config["encoder"]), Path(config["output_dir"])
+    if config["probe"] == "finetune":
+        raise ValueError(
+            "probe=finetune is a run of its own, with checkpoints: python -m simmim.finetune experiment=low_label "
+            f"encoder={path} data=… data.root=… data.val_root=…"
+        )
     known = read_encoder_weights(path)[1]
     if config["probe"] is not None:
         return _probe(fill_in(config, known))

@@ -190,6 +190,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(encoder_file, photos, tmp_pa
     ("override", "words"),
     [
         ("probe=svm", r"^probe=svm is unknown: choose knn or linear$"),
+        ("probe=finetune", r"^probe=finetune is a run of its own.*: python -m simmim\.finetune experiment=low_label "),
         ("knn.k=[20,61]", r"^knn\.k=61 neighbours of 60 training images: give fewer, or more images$"),
         ("knn.k=[]", r"^knn\.k=\[\] must hold something$"),
         ("knn.k=[0]", r"^knn\.k=\[0\] must be a list"),
