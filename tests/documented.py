@@ -42,7 +42,6 @@ SMALL = {
     "evaluate": {"knn.k": [3], "linear.epochs": 2},
     "reconstruct": {"count": 2},
     "prepare": {"workers": 1},
-    "plan": {"data.image_size": 64, "model.window_size": 4, "data.batch_size": 1},
 }
 """What makes a command take a second, besides what `smaller` finds in its config."""
 
@@ -106,14 +105,14 @@ def smaller(name, overrides):
     config = composed(name, overrides)[0]
     values: dict[str, object] = {}
     data, model = config.get("data", {}), config.get("model", {})
-    if "batch_size" in data and name not in ("plan", "benchmark"):
+    if "batch_size" in data:
         values |= {"data.batch_size": 2, "data.num_workers": 0}
     if data.get("global_batch_size"):
         values["data.global_batch_size"] = "null"
     if model.get("name"):
         stages = len(model["num_heads"] or SIZES[model["name"]]["num_heads"])
         values |= {"model.depths": [1] * stages, "model.embed_dim": 12}
-    if "trainer" in config and name != "plan":
+    if "trainer" in config:
         values["trainer"] = "cpu"
     given = {word.partition("=")[0] for word in overrides}
     values = {key: value for key, value in values.items() if key not in given} | SMALL.get(name, {})

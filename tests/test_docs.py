@@ -64,16 +64,20 @@ def save_to_disk(pictures, folder):
         rows.save_to_disk(folder)
 
 
-def released_weights(file):
-    """A small encoder under the names of the authors' code."""
+def released_weights(folder):
+    """A small encoder under the names of the authors' code, and a whole model as transformers writes it."""
     encoder = create_encoder("swinv2_t", window_size=4, embed_dim=12, depths=(1, 1, 1, 1))
-    torch.save({"model": to_official(encoder.state_dict())}, file)
+    torch.save({"model": to_official(encoder.state_dict())}, folder / "released.pth")
+    transformers = pytest.importorskip("transformers")
+    size = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
+    config = transformers.Swinv2Config(image_size=64, window_size=4, encoder_stride=32, **size)
+    transformers.Swinv2ForMaskedImageModeling(config).save_pretrained(folder / "swinv2-simmim")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_from_top_to_bottom(page, reader, capsys):
     if page.stem == "weights":
-        released_weights(reader / "released.pth")
+        released_weights(reader)
     if "data=hf" in page.read_text():
         pictures = sorted((reader / "photos").iterdir())
         save_to_disk(pictures, reader / "pets" / "train")
