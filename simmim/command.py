@@ -23,12 +23,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from simmim.processes import run_apart, started_outside
+from simmim.run_folder import shown
 from simmim.settings import check_settings, unknown_key
 from simmim.sweep_folder import Job, read_jobs, write_job
 from simmim.training.checkpoint import Stopped
@@ -51,6 +51,9 @@ CLOCKS = 60.0
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL)."""
+
+TRAINING = ("pretrain", "finetune")
+"""Commands that start processes of their own for several devices."""
 
 
 def config_folder() -> Path:
@@ -142,21 +145,25 @@ def command(
     @hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")
     def run(config: DictConfig) -> float | None:
         settings = HydraConfig.get()
+        sweep = settings.mode == RunMode.MULTIRUN
         first = getattr(rank_zero_only, "rank", 0) == 0
         if not first:
             logging.getLogger().setLevel(logging.ERROR)
         try:
             with _recorded(settings, name, first=first):
                 plain = to_plain(config, name, list(settings.overrides.task))
-                if settings.mode == RunMode.MULTIRUN:
-                    _refuse_launching(plain)
+                if sweep and "group" in plain.get("logger", {}):
+                    plain["logger"]["group"] = plain["logger"]["group"] or str(plain["name"])
+                if sweep and name in TRAINING and world_size(plain) > 1 and started_outside() is None:
+                    _run_job_apart(plain, name, {**os.environ, "HYDRA_FULL_ERROR": str(int(traceback))})
+                    return None
                 result = function(plain)
         except Stopped as stopped:
             log.warning(stopped)
             # A process that Lightning started must not fail, or it would kill the first one.
-            sys.exit(EXIT_STOPPED if first or _started_from_outside() else 0)
+            sys.exit(EXIT_STOPPED if first or started_outside() is not None else 0)
         except Exception as error:
-            job = f"job {settings.job.num} failed: " if settings.mode == RunMode.MULTIRUN else ""
+            job = f"job {settings.job.num} failed: " if sweep else ""
             failures.append(f"{job}{_one_line(error)}")
             log.error(failures[-1], exc_info=traceback or not isinstance(error, USER_ERRORS))
             return None
@@ -164,19 +171,18 @@ def command(
 
     @functools.wraps(function)
     def main() -> None:
-        if _started_from_outside() and not any(word.startswith("name=") for word in sys.argv):
-            sys.exit(
-                "name=… must be given under torchrun or Slurm: else each process would make a run folder of its own"
-            )
         if positional is not None and len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
-            quoted = sys.argv[1].replace("'", r"\'")
-            sys.argv[1] = f"{positional}='{quoted}'"
+            sys.argv[1] = f"{positional}={_quoted(sys.argv[1])}"
         logging.raiseExceptions = False  # a run.log for which there is no room ends no run, and prints no traceback
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
         sys.argv.append(f"+hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}")
         SweepFolder.path, started, ended = None, time.time(), ""
         failures.clear()
         try:
+            if started_outside() not in (None, (1, 1)) and not any(word.startswith("name=") for word in sys.argv):
+                raise ValueError(
+                    "name=… must be given under torchrun or Slurm: else each process would make a run folder of its own"
+                )
             _check_choices(sys.argv[1:], name)
             run()
         except (*USER_ERRORS, BrokenExecutor) as error:  # the config does not compose, or a sweep could not go on
@@ -239,24 +245,44 @@ def _check_choices(words: list[str], name: str) -> None:
             override = OverridesParser.create().parse_override(word)
             value = override.value()
             named = isinstance(value, str) and re.search(r"\w", value) is not None
+            if group == "logger" and isinstance(value, list):
+                named = bool(value) and {str(item) for item in value} <= set(_choices(group))
             if not named and not isinstance(value, dict) and not override.is_sweep_override():
                 raise ValueError(f"{word} is unknown: choose one of {', '.join(_choices(group))}")
 
 
-def _started_from_outside() -> bool:
-    """Whether torchrun or Slurm started this process as one of several."""
-    if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment().world_size() > 1
-    return SLURMEnvironment.detect() and SLURMEnvironment(auto_requeue=False).world_size() > 1
+def _run_job_apart(config: Config, name: str, environment: dict[str, str]) -> None:
+    """Runs a job of a multirun as a command of its own: each process that it started would run the whole multirun.
+
+    Raises:
+        Stopped: If it was asked to stop.
+        ValueError: If it failed, which its own lines explain; if a search shall learn from it.
+    """
+    settings = HydraConfig.get()
+    if not settings.sweeper._target_.endswith(".BasicSweeper"):
+        raise ValueError("trainer.devices: a search learns from runs on one device: give trainer.devices=1")
+    folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
+    # What was typed for Hydra itself, as a launcher, stays out: this is one run, in the folder that it was given.
+    words = [
+        *(f"--config-dir={folder}" for folder in folders),
+        f"name={_quoted(config['name'])}",
+        *settings.overrides.task,
+        "hydra.mode=RUN",
+        f"hydra.run.dir={_quoted(config['output_dir'])}",
+    ]
+    if "group" in config["logger"]:
+        words.append(f"logger.group={_quoted(config['logger']['group'])}")
+    code, asked = run_apart([sys.executable, "-m", f"simmim.{name}", *words], environment)
+    if asked or code == EXIT_STOPPED:
+        raise Stopped("the multirun stops here: the same command with resume=auto goes on with its jobs")
+    if code:
+        raise ValueError(f"exit code {code}, {shown(Path(config['output_dir']))}/run.log says why")
 
 
-def _refuse_launching(config: Config) -> None:
-    """Each process that a job of a multirun started would run the whole multirun again."""
-    if "strategy" in config.get("trainer", {}) and world_size(config) > 1 and not _started_from_outside():
-        raise ValueError(
-            "trainer.devices: several devices in a multirun need torchrun: torchrun --nproc-per-node=<devices> "
-            "-m simmim.<command> --multirun … name=…"
-        )
+def _quoted(value: Any) -> str:
+    """A value as one types it for Hydra."""
+    escaped = str(value).replace("'", r"\'")
+    return f"'{escaped}'"
 
 
 def explain(error: Exception, name: str) -> str:
@@ -362,19 +388,20 @@ def check_devices(config: Config) -> None:
     """
     trainer, processes, found = config["trainer"], world_size(config), torch.cuda.device_count()
     nodes = trainer.get("num_nodes", 1)
-    if on_gpu(config) and processes // nodes > found:
-        raise ValueError(
-            f"trainer.devices={trainer['devices']}, but PyTorch finds {found} GPUs here: give auto, or fewer"
-        )
-    if nodes > 1 and "WORLD_SIZE" not in os.environ and not SLURMEnvironment.detect():
-        raise ValueError(
-            f"trainer.num_nodes={nodes}: nobody started the processes of the other machines: use torchrun or Slurm"
-        )
-    started = int(os.environ.get("WORLD_SIZE", processes))
-    if started != processes:
+    started = started_outside()
+    if started is not None and started != (processes // nodes, nodes):
         raise ValueError(
             f"trainer.devices={trainer['devices']} x trainer.num_nodes={nodes} is {processes} processes, but "
-            f"{started} were started: give the numbers that torchrun got"
+            f"{started[0] * started[1]} were started: give trainer.devices={started[0]} trainer.num_nodes={started[1]}"
+        )
+    if on_gpu(config) and processes // nodes > found:
+        bound = ", or let each task of Slurm see all of them (--gpus-per-node, not --gpus-per-task)" if started else ""
+        raise ValueError(
+            f"trainer.devices={trainer['devices']}, but PyTorch finds {found} GPUs here: give auto, or fewer{bound}"
+        )
+    if nodes > 1 and started is None and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"trainer.num_nodes={nodes}: nobody started the processes of the other machines: use torchrun or Slurm"
         )
 
 

@@ -78,7 +78,7 @@ def _run(config: Config) -> dict[str, Any]:
             log.info(said)
     if length.total_steps == 0 and (known is None or known["classes"] != task.classes):
         raise ValueError("trainer.max_epochs=0 evaluates alone: give an encoder=… with a classifier of these classes")
-    trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=[ClassReport(output_dir)])
+    trainer = train("finetune", config, task, data, length, checkpoint=checkpoint, callbacks=[ClassReport(output_dir)])
     encoder, weights, head = task.best.encoder, gather(task.best.encoder), gather(task.best.head)
     if trainer.is_global_zero:
         save_encoder(

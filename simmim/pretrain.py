@@ -81,7 +81,7 @@ def _run(config: Config) -> dict[str, Any]:
         steps_per_epoch=length.steps_per_epoch,
     )
     callbacks = [pictures, *_probes(config, data, length)]
-    trainer = train(config, task, data, length, checkpoint=checkpoint, callbacks=callbacks)
+    trainer = train("pretrain", config, task, data, length, checkpoint=checkpoint, callbacks=callbacks)
     encoder, weights = task.best.encoder, gather(task.best.encoder)
     if trainer.is_global_zero:
         statistics = {key: task.hparams[key] for key in ("mean", "std")}

@@ -14,18 +14,17 @@ from typing import Any
 
 import lightning
 import torch
-import wandb
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from simmim.command import Config, accumulation, check_devices, precision_of, save_config, world_size
-from simmim.run_folder import UNREADABLE, shown, step_of, whole_file
+from simmim.processes import cluster_environments
+from simmim.run_folder import UNREADABLE, shown, step_of
 from simmim.tasks.task import Task
 from simmim.training.callbacks import NonFiniteSteps, Progress, UnreadableImages, ValidationOnResume
 from simmim.training.checkpoint import Checkpointing, Checkpoints, Stopped
-from simmim.training.metrics import MetricsFile
+from simmim.training.loggers import closing, create_loggers
 from simmim.training.sharding import ShardedStrategy
 
 log = logging.getLogger(__name__)
@@ -35,9 +34,6 @@ NO_MEMORY = "can't allocate memory"
 
 LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 """What gloo and NCCL say when a process is gone."""
-
-WANDB_PATIENCE = 15.0
-"""Seconds that Weights & Biases may take to answer when a run begins; it asks twice."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,7 @@ class Length:
 
 
 def train(
+    command: str,
     config: Config,
     task: Task,
     data: LightningDataModule,
@@ -71,7 +68,8 @@ def train(
     """Trains a task in its run folder, and validates what no validation has seen.
 
     Args:
-        config: The composed config of the command.
+        command: Its name.
+        config: Its composed config.
         task: What is trained.
         data: Its batches.
         length: How long; a run of no steps is a validation.
@@ -89,13 +87,14 @@ def train(
     resumed_step = step_of(checkpoint) if checkpoint else 0
     if resumed_step > length.total_steps:
         raise ValueError(f"{checkpoint} lies beyond the {length.total_steps} steps of this run: give it more epochs")
-    trainer = create_trainer(config, length, callbacks=callbacks, resumed_step=resumed_step)
-    if trainer.is_global_zero:  # last: a refused config leaves the run's own
-        save_config(config, output_dir / "config.yaml")
-        if checkpoint is None:
-            (output_dir / UNREADABLE).unlink(missing_ok=True)  # of a run that came to no checkpoint
-    log.info(f"run folder {shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
-    try:
+    loggers = create_loggers(config, resumed_step=resumed_step, job_type=command)
+    with closing(loggers):
+        trainer = create_trainer(config, length, callbacks=callbacks, loggers=loggers)
+        if trainer.is_global_zero:  # last: a refused config leaves the run's own
+            save_config(config, output_dir / "config.yaml")
+            if checkpoint is None:
+                (output_dir / UNREADABLE).unlink(missing_ok=True)  # of a run that came to no checkpoint
+        log.info(f"run folder {shown(output_dir)}" + (f", continued from {checkpoint.name}" if checkpoint else ""))
         if length.total_steps:
             trainer.fit(task, data, ckpt_path=checkpoint)
         if trainer.global_step < length.total_steps:
@@ -105,9 +104,6 @@ def train(
             )
         if trainer.global_step % length.steps_between_validations or "val_loss" not in trainer.callback_metrics:
             trainer.validate(task, data, verbose=False)
-    finally:
-        if wandb.run is not None:
-            wandb.finish()  # else the next job of a sweep would write into this one's run
     return trainer
 
 
@@ -215,7 +211,9 @@ def create_strategy(config: Config) -> Any:
     return ShardedStrategy(reshard_after_forward=settings["reshard_after_forward"], bf16=bf16)
 
 
-def create_trainer(config: Config, length: Length, *, callbacks: Sequence[Callback], resumed_step: int) -> Trainer:
+def create_trainer(
+    config: Config, length: Length, *, callbacks: Sequence[Callback], loggers: Sequence[Logger]
+) -> Trainer:
     """Lightning's trainer with everything that a run writes.
 
     The run is one long epoch of Lightning's, and validation comes every so many batches: then the step alone says
@@ -223,8 +221,6 @@ def create_trainer(config: Config, length: Length, *, callbacks: Sequence[Callba
     """
     settings, output_dir = config["trainer"], Path(config["output_dir"])
     accumulate = accumulation(config)
-    # Slurm's own way of requeueing would save inside of a signal handler, where processes wait for one another.
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return Trainer(
         accelerator=settings["accelerator"],
         strategy=create_strategy(config),
@@ -240,7 +236,7 @@ def create_trainer(config: Config, length: Length, *, callbacks: Sequence[Callba
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=config["log_every_n_steps"],
-        logger=_loggers(config, resumed_step),
+        logger=list(loggers),
         callbacks=[
             UnreadableImages(
                 output_dir / UNREADABLE,
@@ -262,48 +258,9 @@ def create_trainer(config: Config, length: Length, *, callbacks: Sequence[Callba
                 on_error=config["checkpoint"]["on_error"],
             ),
         ],
-        plugins=[Checkpointing(), *slurm],
+        plugins=[Checkpointing(), *cluster_environments()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=output_dir,
     )
-
-
-def _loggers(config: Config, resumed_step: int) -> list[Logger]:
-    output_dir = Path(config["output_dir"])
-    loggers: list[Logger] = [MetricsFile(output_dir / "metrics.csv", until_step=resumed_step)]
-    if config["logger"]["name"] == "wandb":
-        mode = config["logger"]["mode"]
-        if mode not in ("offline", "online"):
-            raise ValueError(f"logger.mode={mode} is unknown: choose offline or online")
-        loggers.append(_wandb_logger(config, resumed_step))
-    return loggers
-
-
-def _wandb_logger(config: Config, resumed_step: int) -> WandbLogger:
-    """A resumed run goes on in the run of Weights & Biases that it began, whose id the run folder keeps."""
-    output_dir, offline = Path(config["output_dir"]), config["logger"]["mode"] == "offline"
-    identity = output_dir / "wandb" / "id"
-    known = identity.read_text().strip() if resumed_step and identity.is_file() else None
-    logger = WandbLogger(
-        name=str(config["name"]),
-        project=config["logger"]["project"],
-        save_dir=output_dir,
-        offline=offline,
-        id=known,
-        settings=wandb.Settings(init_timeout=WANDB_PATIENCE),
-    )
-    try:
-        if not (offline or wandb.login(prompt=False, verify=False)):
-            raise wandb.Error("there is no API key: `wandb login` asks for it once")
-        logger.log_hyperparams(config)  # the first process begins the run
-    except wandb.Error as error:
-        raise ValueError(
-            f"logger.mode=online: Weights & Biases cannot be reached ({' '.join(str(error).split())}): give "
-            "logger.mode=offline, and upload later with `wandb sync`"
-        ) from error
-    if known is None and logger.version is not None:
-        with whole_file(identity) as temporary:
-            temporary.write_text(str(logger.version))
-    return logger

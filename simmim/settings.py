@@ -38,7 +38,18 @@ class Choice:
     options: dict[str, "Section"]
 
 
-Section = dict[str, "Kind | Choice | Section"]
+@dataclass(frozen=True)
+class Several:
+    """A section of which several choices may be made, each with settings of its own; the word of each is a key too.
+
+    Args:
+        options: What comes with each: `conf/<section>/<choice>.yaml`.
+    """
+
+    options: dict[str, "Section"]
+
+
+Section = dict[str, "Kind | Choice | Several | Section"]
 
 
 def is_number(value: Any) -> bool:
@@ -89,6 +100,7 @@ def is_name(value: Any) -> bool:
 
 
 NULL = Kind("null", lambda value: value is None)
+ON = Kind("true", lambda value: value is True)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 WORD = Kind("one word", lambda value: not isinstance(value, list | dict))
 TEXT = Kind("text, in quotes inside of quotes where it looks like a number", is_text)
@@ -200,7 +212,13 @@ TRAINING: Section = {
         "milestone_epochs": several(number(0, EPOCHS)),
     },
     "trainer": section_of(STRATEGIES, "strategy", DEVICES, COMPUTING, LENGTH),
-    "logger": Choice("name", {"csv": {"name": WORD}, "wandb": {"name": WORD, "project": TEXT, "mode": WORD}}),
+    "logger": Several(
+        {
+            "csv": {"csv": ON},
+            "tensorboard": {"tensorboard": ON},
+            "wandb": {"wandb": ON, "project": TEXT, "mode": WORD, "group": TEXT | NULL},
+        }
+    ),
     "checkpoint": {"every_n_steps": count(), "keep": whole(2) | NULL, "on_error": WORD},
     "log_every_n_steps": count(),
 }
@@ -410,10 +428,15 @@ def _leaves(config: dict[str, Any], section: Section, prefix: str = "") -> Itera
         raise ValueError(f"{prefix}{missing[0]} is missing: it cannot be left out")
     for key, value in config.items():
         path, kind = f"{prefix}{key}", section.get(key)
-        if isinstance(kind, Choice | dict) and not isinstance(value, dict):
+        if isinstance(kind, Choice | Several | dict) and not isinstance(value, dict):
             raise ValueError(f"{path}={_shown(value)}: {path} is a section, whose keys are given as {path}.<key>=…")
         if isinstance(kind, Choice):
             kind = _chosen(path, value, kind)
+        if isinstance(kind, Several):
+            chosen = [own for word, own in kind.options.items() if word in value]
+            if not chosen:
+                raise ValueError(f"{path} is empty: choose one of {', '.join(kind.options)}, or a list of them")
+            kind = {name: each for own in chosen for name, each in own.items()}
         if isinstance(kind, dict) or (kind is None and isinstance(value, dict)):
             yield from _leaves(value, kind or {}, f"{path}.")
         else:
@@ -436,7 +459,7 @@ def _keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
     """All keys; where only some choices of a section hold one, with each of these choices."""
     for key, kind in section.items():
         yield f"{prefix}{key}", ""
-        if isinstance(kind, Choice):
+        if isinstance(kind, Choice | Several):
             options = kind.options
             for choice, own in options.items():
                 for name, _ in _keys(own):

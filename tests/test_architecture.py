@@ -29,7 +29,7 @@ NAMES = (
 )
 COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [
-    {"simmim.seeding", "simmim.masking", "simmim.probes", "simmim.run_folder", "simmim.targets"},
+    {"simmim.seeding", "simmim.masking", "simmim.probes", "simmim.processes", "simmim.run_folder", "simmim.targets"},
     {"simmim.checkpoint_files", "simmim.feature_files", "simmim.sweep_folder"},
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},

@@ -82,7 +82,9 @@ def error_of(*overrides, folder):
         ("trainer.max_epochs=inf", ["trainer.max_epochs=inf must be a number"]),
         ("optimizer.betas=[0.9,1]", ["optimizer.betas=[0.9, 1] must be a list of 2", "below 1"]),
         ("seed=99999999999", ["seed=99999999999 must be a whole number", "at most 4,294,967,295"]),
-        ("logger.name=tensorboard", ["logger.name=tensorboard is unknown: choose one of csv, wandb"]),
+        ("logger.tensorboard=true", ["logger.tensorboard belongs to logger=tensorboard"]),
+        ("logger.mode=online", ["logger.mode belongs to logger=wandb"]),
+        ("logger=[csv,wanb]", ["logger=[csv,wanb] is unknown: choose one of csv, tensorboard, wandb"]),
         ("name=../mine", ["name=../mine must be a name"]),
         ("data.channels=true", ["data.channels=true must be a whole number"]),
         ("trainer=ddp trainer.num_nodes=2", ["trainer.num_nodes=2", "torchrun"]),
@@ -136,7 +138,7 @@ def test_the_process_prints_one_line_and_exits_with_1(tmp_path):
         ("modell=swinv2_t", "did you mean model?"),
         ("+optimizer.base_lrr=1", "did you mean optimizer.base_lr?"),
         ("~optimizer.eps", "optimizer.eps is missing"),
-        ("logger=[1,2]", "choose one of csv, wandb"),
+        ("logger=[1,2]", "choose one of csv, tensorboard, wandb"),
     ],
 )
 def test_a_key_that_nobody_reads_or_misses_is_one_line(tmp_path, override, words):

@@ -28,7 +28,7 @@ from simmim.stages import fill_in, load_classifier
 VARIANTS = {
     "debug": ("pretrain", ["experiment=debug"]),
     "ddp": ("pretrain", ["experiment=debug", "trainer=ddp"]),
-    "fsdp": ("pretrain", ["experiment=debug", "trainer=fsdp", "logger=wandb"]),
+    "fsdp": ("pretrain", ["experiment=debug", "trainer=fsdp", "logger=[tensorboard,wandb]"]),
     "folder": ("pretrain", ["data=folder", "data.root={photos}", "data.num_workers=0", "trainer=cpu"]),
     "shards": ("pretrain", ["data=shards", "data.root={archive}", "data.num_workers=0", "trainer=cpu"]),
     "zip": ("pretrain", ["data=zip", "data.root={zipped}", "data.num_workers=0", "trainer=cpu"]),
@@ -156,8 +156,7 @@ def start(variant, words, folder):
     if name == "pretrain":
         task, _, length = build(config)
         task.configure_optimizers()
-        if config["logger"]["name"] == "csv":
-            create_trainer(config, length, callbacks=[], resumed_step=0)
+        create_trainer(config, length, callbacks=[], loggers=[])
     elif name in ("finetune", "evaluate"):
         start_classifier(name, config)
     elif name == "benchmark":
@@ -174,8 +173,7 @@ def start_classifier(name, config):
     else:
         task, data, length = simmim.finetune.build(filled)
         task.configure_optimizers()
-        if config["logger"]["name"] == "csv":
-            create_trainer(filled, length, callbacks=[], resumed_step=0)
+        create_trainer(filled, length, callbacks=[], loggers=[])
     if known:
         load_classifier(task, encoder, known, image_size=image_size_of(filled))
     if max(image_size_of(filled)) <= 64:

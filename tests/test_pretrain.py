@@ -4,15 +4,9 @@ import csv
 import itertools
 import json
 import math
-import os
-import pty
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
-import wandb
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -335,60 +329,6 @@ def test_each_option_of_the_paper_trains(finished, tmp_path, option):
     assert section == "trainer" or str(settings[section][name]) == value
     if section not in ("model", "schedule"):  # these leave the first loss as it is
         assert losses(tmp_path)[1] != losses(folder)[1]
-
-
-def test_wandb_offline_needs_neither_account_nor_network(tmp_path):
-    code = """
-import sys
-from pathlib import Path
-from simmim.command import compose_config
-from simmim.pretrain import pretrain
-
-pretrain(compose_config("pretrain", ["experiment=debug", "logger=wandb"], output_dir=Path(sys.argv[1])))
-"""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, cwd=tmp_path, timeout=200)
-    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert len(list(offline.glob("files/media/images/reconstructions_*.png"))) == 2
-    assert losses(tmp_path)
-
-
-def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_does_not(tmp_path):
-    def again(steps, *overrides):
-        run(tmp_path, "logger=wandb", f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", *overrides)
-        return (tmp_path / "wandb" / "id").read_text()
-
-    first = again(1)
-    assert again(2, "resume=auto") == first
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) == 2
-    for checkpoint in list_checkpoints(tmp_path):
-        checkpoint.unlink()
-    assert again(1) != first  # begun anew
-
-
-def test_wandb_out_of_reach_is_one_line(tmp_path, monkeypatch):
-    wandb.teardown()  # of other tests: it keeps the environment that it found
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("simmim.run.WANDB_PATIENCE", 1)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    with pytest.raises(ValueError, match=r"(?s)^logger\.mode=online: [^\n]*refused[^\n]*: give logger\.mode=offline"):
-        run(tmp_path, "logger=wandb", "logger.mode=online")
-
-
-def test_wandb_without_a_key_never_asks(tmp_path):
-    """Even at a terminal, where it would."""
-    parent, child = pty.openpty()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    done = subprocess.run(
-        [sys.executable, "-m", "simmim.pretrain", "experiment=debug", "logger=wandb", "logger.mode=online"],
-        cwd=tmp_path, env={**environment, "HOME": str(tmp_path)},
-        stdin=child, stderr=child, stdout=subprocess.PIPE, text=True, timeout=100,
-    )  # fmt: skip
-    os.close(child)
-    os.close(parent)
-    assert done.returncode == 1
-    assert re.match(r"logger\.mode=online: .*no API key.*give logger\.mode=offline", done.stdout.splitlines()[-1])
 
 
 def poison(monkeypatch, *calls):

@@ -267,13 +267,17 @@ class ImageData(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.on_gpu,
-            worker_init_fn=_leave_interrupts_to_the_run,
+            worker_init_fn=_leave_signals_to_the_run,
             persistent_workers=self.num_workers > 0,
         )
 
 
-def _leave_interrupts_to_the_run(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and what Slurm sends every process of a job."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # The first SIGTERM may be Slurm's, the second is the loader's own, for a process that hangs.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def fixed_batch(samples: ImageSamples, count: int) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from tqdm import tqdm
 
 from simmim.pictures import draw_confusion, draw_panels
 from simmim.probes import knn_accuracy
 from simmim.run_folder import append, shown, whole_file
+from simmim.training.loggers import Tracker
 from simmim.training.ranks import rows_of_all_ranks, total_over_ranks
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Reconstructions(Callback):
         self.steps_per_epoch = steps_per_epoch
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Reconstructs, draws, and hands the picture to wandb where it logs the run."""
+        """Reconstructs, draws, and hands the picture to the loggers."""
         images, mask = (self.batch[key].to(pl_module.device) for key in ("image", "mask"))
         with trainer.precision_plugin.forward_context():
             panels = pl_module.panels(images, mask)
@@ -125,8 +125,8 @@ class Reconstructions(Callback):
             log.warning(f"{shown(path)} cannot be written ({error.strerror or error}): the run goes on without it")
             return
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("reconstructions", [str(path)])
+            if isinstance(logger, Tracker):
+                logger.log_picture("reconstructions", path, step=trainer.global_step)
 
 
 class Probe(Callback):
@@ -213,8 +213,8 @@ class ClassReport(Callback):
             log.warning(f"{shown(table)} cannot be written ({error.strerror or error}): the run goes on without it")
             return
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and confusion is not None:
-                logger.log_image("confusion", [str(picture)])
+            if isinstance(logger, Tracker) and confusion is not None:
+                logger.log_picture("confusion", picture, step=trainer.global_step)
 
 
 class ValidationOnResume(Callback):

@@ -12,14 +12,11 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch.distributed.tensor import DTensor
 
 from simmim.checkpoint_files import damage, load, load_rest, save_file, save_folder
+from simmim.processes import STOP_SIGNALS
 from simmim.run_folder import CHECKPOINTS, checkpoint_name, list_checkpoints, partial_name, shown, step_of
 from simmim.training.ranks import total_over_ranks
 
 log = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what clusters send before they kill; what Slurm can be told to send earlier."""
-
 
 BEFORE = {"model.position_bias": "log_cpb"}
 """What older checkpoints, which do not hold a setting, were trained with."""

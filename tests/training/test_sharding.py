@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.distributed.tensor import DTensor
 
 from simmim.checkpoint_files import load
@@ -241,18 +242,25 @@ def as_a_user(folder, *arguments):
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_started_as_a_user_starts_it(tmp_path, alone):
-    process = as_a_user(tmp_path, *SHARDED, *LENGTH, "optimizer.eps=1e-6", "name=two")
-    output, _ = process.communicate(timeout=200)
+def test_a_multirun_starts_the_processes_of_each_of_its_jobs(tmp_path, alone):
+    """Each job once and in its folder, although each of its processes runs the command again."""
+    process = as_a_user(
+        tmp_path, *TWO, *LENGTH, "optimizer.eps=1e-6", "name=two", "logger=wandb", "trainer=fsdp,ddp", "--multirun"
+    )
+    output, _ = process.communicate(timeout=290)
     assert process.returncode == 0, output
-    run = tmp_path / "outputs" / "pretrain" / "two"
-    assert_equal_metrics(run, alone / "l1")
-    assert [p for p in tmp_path.rglob("*") if p.is_dir() and p.parent in (tmp_path, run.parent, run.parent.parent)] == [
-        tmp_path / "outputs", tmp_path / "outputs/pretrain", run
+    sweep = tmp_path / "multirun" / "two"
+    assert [p for p in tmp_path.rglob("*") if p.is_dir() and sweep not in p.parents[1:]] == [
+        tmp_path / "multirun", sweep, sweep / "0", sweep / "1"
     ]  # fmt: skip
-    lines = [line for line in output.splitlines() if line.startswith(("encoder", "epoch", "done"))]
-    assert len(lines) == len(set(lines)) == 7  # once, not once a process
-    assert load_encoder(run)(torch.zeros(1, 3, 32, 32)).isfinite().all()
+    lines = [line for line in output.splitlines() if line.startswith(("encoder", "run folder", "done"))]
+    assert len(lines) == 6  # once, not once a process
+    for job, strategy in ((sweep / "0", "fsdp"), (sweep / "1", "ddp")):
+        assert_equal_metrics(job, alone / "l1")
+        config = yaml.safe_load((job / "config.yaml").read_text())
+        assert (config["name"], config["logger"]["group"], config["trainer"]["strategy"]) == ("two", "two", strategy)
+        assert len(list((job / "wandb").glob("offline-run-*"))) == 1
+        assert load_encoder(job)(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
 def test_torchrun_needs_a_name_and_leaves_nothing_astray(tmp_path):
@@ -267,14 +275,6 @@ def test_torchrun_needs_a_name_and_leaves_nothing_astray(tmp_path):
         "multirun/sweep/0", "multirun/sweep/1", "multirun/sweep/multirun.yaml"
     ]  # fmt: skip
     assert all((tmp_path / f"multirun/sweep/{job}/encoder.safetensors").exists() for job in (0, 1))
-
-
-def test_a_multirun_does_not_start_processes_that_run_it_again(tmp_path):
-    process = as_a_user(tmp_path, *SHARDED, "masking.ratio=0.5,0.7", "name=sweep", "--multirun")
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "several devices in a multirun need torchrun" in output
-    assert not list(tmp_path.rglob("encoder.safetensors"))
 
 
 def test_several_devices_need_a_strategy(tmp_path):
