@@ -293,7 +293,7 @@ def explain(error: Exception, name: str) -> str:
             f"{error.override}: this is no key=value that Hydra can read: spaces, commas, braces and parentheses need "
             """quotes inside quotes, "data.root='my photos (1)'", and ~ is not expanded: write $HOME"""
         )
-    if unknown := re.match(r"(?s).*Could not find '(.+)/(.+?)'", text):
+    if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = unknown.groups()
         if group.startswith("hydra/") and choice in PLUGINS:
             return f"{group}={choice} is not installed: pip install 'simmim[{PLUGINS[choice]}]'"

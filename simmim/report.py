@@ -50,7 +50,7 @@ def report(config: Config) -> list[Row]:
     notes += [f"job {result.job.number} failed: {result.job.error}" for result in results if result.job.error]
     notes += _advice(results, sweep, places)
     write_csv(rows, out)
-    text = write_markdown([_rounded(row) for row in rows], out, title=f"Sweep {sweep.name}", notes=notes)
+    text = write_markdown(_readable(rows), out, title=f"Sweep {sweep.name}", notes=notes)
     for line in text.splitlines()[2:]:
         log.info(line)
     files = [f"{out}.md", f"{out}.csv"]
@@ -80,7 +80,7 @@ def _row(result: Result, keys: Sequence[str], places: dict[int, int]) -> Row:
     return {
         "job": result.job.number,
         **{key: given.get(key, "-") for key in keys},
-        "AvgDist_px": result.distance,
+        "AvgDist_px": result.distance if _masks(keys) else None,
         "state": result.state,
         "step": result.step,
         "val_loss": result.loss,
@@ -94,18 +94,18 @@ def _row(result: Result, keys: Sequence[str], places: dict[int, int]) -> Row:
     }
 
 
-def _rounded(row: Row) -> Row:
-    """As a person reads it."""
+def _readable(rows: Sequence[Row]) -> list[Row]:
+    """Rounded, and without columns that say nothing."""
     digits = {"AvgDist_px": 1, "val_loss": 4, "best_val_loss": 4, "trivial_loss": 4, "share": 3, "minutes": 1}
-    shown_row = {key: "-" if value is None else value for key, value in row.items()}
-    for key, count in digits.items():
-        if row[key] is not None:
-            shown_row[key] = f"{row[key]:.{count}f}"
-    if row["top1"] is not None:
-        shown_row["top1"] = f"{row['top1']:.1%}"
-    if row["images/s"] is not None:
-        shown_row["images/s"] = f"{row['images/s']:.3g}"
-    return shown_row
+    formats = {key: f".{count}f" for key, count in digits.items()} | {"top1": ".1%", "images/s": ".3g"}
+    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    return [
+        {
+            key: "-" if row[key] is None else format(row[key], formats[key]) if key in formats else row[key]
+            for key in columns
+        }
+        for row in rows
+    ]
 
 
 def _progress(results: Sequence[Result], planned: int | None) -> list[str]:

@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 
 from simmim.command import compose_config, config_folder
 from simmim.encoders import create_encoder
+from simmim.masking import Masking
 from simmim.run import run_length
 from simmim.training.schedule import lr_factor
 
@@ -68,6 +70,56 @@ def test_every_choice_of_every_group_composes(group, choice):
     config = config_of(f"{group}={choice}", *needed.get(choice, []), *root, command=command)
     inherited = ("pretrained", "low_label", "tiny_imagenet_finetune")
     assert choice in inherited or config["model"]["window_size"] > 0
+
+
+@pytest.mark.parametrize(
+    "model", [choice for group, choice in CHOICES if group == "model" and choice.startswith("swinv2_")]
+)
+def test_the_sweep_over_masks_holds_what_each_model_accepts(model):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("pretrain", overrides=["sweep=mask", f"model={model}"], return_hydra_config=True)
+    cells, ratios = (config.hydra.sweeper.params[f"masking.{key}"].split(",") for key in ("patch_size", "ratio"))
+    assert config.hydra.mode == RunMode.MULTIRUN
+    assert len(cells) >= 3 and len(ratios) >= 3
+    for cell in cells:
+        for ratio in ratios:
+            size = (config.data.image_size,) * 2
+            settings = {"patch_size": int(cell), "ratio": float(ratio), "strategy": "random"}
+            assert Masking(size, **settings, model_patch_size=config.model.patch_size)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "rates"),
+    [
+        ("pretrain", [], "1.2e-2,"),
+        ("pretrain", ["experiment=simmim_swinv2_b_800ep", "data.root=x"], "2.5e-5,"),
+        ("finetune", [], "3e-4,"),
+    ],
+)
+def test_learning_rates_are_swept_around_those_of_the_model(command, words, rates):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose(command, overrides=["sweep=learning_rate", *words], return_hydra_config=True)
+    given = config.hydra.sweeper.params["optimizer.base_lr"]
+    assert given.startswith(rates)
+    if command == "pretrain":
+        own = config_of(*words)["optimizer"]["base_lr"]
+        assert min(map(float, given.split(","))) < own < max(map(float, given.split(",")))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "settings"),
+    [
+        ("processes", "joblib_launcher", {"n_jobs": 2}),
+        ("slurm", "submitit_launcher", {"gpus_per_node": 1, "tasks_per_node": 1}),
+    ],
+)
+def test_launchers_compose_with_sweeps(launcher, plugin, settings):
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}")
+    words = ["sweep=mask", "experiment=debug", f"hydra/launcher={launcher}"]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("pretrain", overrides=words, return_hydra_config=True)
+    assert config.hydra.launcher._target_.startswith(f"hydra_plugins.hydra_{plugin}")
+    assert settings.items() <= dict(config.hydra.launcher).items()
 
 
 def test_every_yaml_is_a_command_or_a_choice():
