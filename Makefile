@@ -1,10 +1,10 @@
-# The same verbs on a laptop and in CI. `make test` and `make demo` install what they need.
+# The same verbs on a laptop and in CI. Each installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format notebooks clean
+.PHONY: demo test check format notebooks docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m simmim.pretrain
@@ -25,8 +25,11 @@ format: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/jupytext --to ipynb notebooks/*.py
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"simmim needs Python 3.11 to 3.13, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12")'

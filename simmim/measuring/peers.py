@@ -17,6 +17,9 @@ from simmim.encoders.names import to_timm, to_torchvision, to_transformers
 from simmim.masking import expand_mask
 from simmim.tasks.pretraining import MaskedImageModel
 
+EXTRAS = {"timm": "timm", "transformers": "hf"}
+"""What of this package brings a library along."""
+
 
 def create_peer(name: str, network: MaskedImageModel, image_size: tuple[int, int]) -> nn.Module:
     """A peer with the weights of one of our networks, whose `forward(images, mask)` returns the loss.
@@ -34,7 +37,8 @@ def create_peer(name: str, network: MaskedImageModel, image_size: tuple[int, int
     try:
         import_module(name)
     except ImportError as error:
-        raise ValueError(f"peers={name} is not installed: pip install {name}, or leave it out of peers") from error
+        way = f"pip install 'simmim[{EXTRAS[name]}]'" if name in EXTRAS else f"pip install {name}"
+        raise ValueError(f"peers={name} is not installed: {way}, or leave it out of peers") from error
     return PEERS[name](network, image_size)
 
 
