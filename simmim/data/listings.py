@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 CLOCK_TICK_NS = 2_000_000_000  # the coarsest time stamps in use (FAT)
 
 _VERSION = "simmim archive listing 1"
-_LONG = 2.0  # s, after which a person wonders
+_PATIENCE = 10.0  # s, after which a person wonders
 
 
 @dataclass(frozen=True)
@@ -81,34 +81,32 @@ class KeptListings:
         self._cache = cache_file("archives", _VERSION, kind, os.path.realpath(folder))
         self._kept = _read(self._cache) if self._cache else {}
 
-    def of(self, archives: Iterable[Path], scan: Callable[[Path], tuple[Listing, bool]]) -> list[Listing]:
+    def of(self, archives: Sequence[Path], scan: Callable[[Path], tuple[Listing, bool]]) -> list[Listing]:
         """The listing of each archive.
 
         Args:
             archives: Their paths.
             scan: Goes through one; gives the listing, and whether it may be kept.
         """
-        started, scanned, fresh = time.monotonic(), 0, False
-        listings = []
+        listings, fresh, told = [], False, time.monotonic()
         try:
-            for archive in archives:
+            for number, archive in enumerate(archives, 1):
                 stamp, name = _stamp(archive), os.path.realpath(archive)
-                if name not in self._kept or self._kept[name][0] != stamp:
-                    # One that changed within the clock's last tick may change again under the same stamp.
-                    settled = stamp[1] < time.time_ns() - CLOCK_TICK_NS
-                    listing, keep = scan(archive)
-                    scanned += 1
-                    self._kept.pop(name, None)
-                    if not (keep and settled):
-                        listings.append(listing)
-                        continue
+                if name in self._kept and self._kept[name][0] == stamp:
+                    listings.append(self._kept[name][1])
+                    continue
+                # One that changed within the clock's last tick may change again under the same stamp.
+                settled = stamp[1] < time.time_ns() - CLOCK_TICK_NS
+                listing, keep = scan(archive)
+                listings.append(listing)
+                if keep and settled:
                     self._kept[name], fresh = (stamp, listing), True
-                listings.append(self._kept[name][1])
+                if time.monotonic() - told > _PATIENCE:
+                    log.info(f"{number:,} of {len(archives):,} archives are listed")
+                    told = time.monotonic()
         finally:  # also where a later one is refused
             if fresh and self._cache:
                 _write(self._cache, {name: kept for name, kept in self._kept.items() if os.path.exists(name)})
-        if time.monotonic() - started > _LONG:
-            log.info(f"{scanned:,} archives listed in {time.monotonic() - started:.0f} s")
         return listings
 
 
