@@ -1,24 +1,20 @@
 """Where a run's numbers and pictures go besides `metrics.csv`. None of these places can stop a run."""
 
 import logging
-import os
-import platform
-import subprocess
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import wandb
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from simmim.run_folder import whole_file
+from simmim.training.environment import environment
 from simmim.training.metrics import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -259,27 +255,6 @@ def closing(loggers: Sequence[Logger]) -> Iterator[None]:
         for logger in loggers:
             if isinstance(logger, Tracker):
                 logger.close(exit_code)
-
-
-def environment() -> dict[str, Any]:
-    """What a run's numbers may depend on besides its config: versions, device, commit."""
-    gpus = torch.cuda.device_count()
-    return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "lightning")},
-        "device": f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"CPU, {os.cpu_count()} cores",
-        "machine": platform.platform(),
-    }
-
-
-def commit() -> str | None:
-    """The commit of the working directory, `-dirty` if files have changed; None if it is no repository."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _as_table(settings: dict[str, Any]) -> str:

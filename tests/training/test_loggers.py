@@ -6,7 +6,6 @@ import logging
 import os
 import pty
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ import simmim.run
 from simmim.command import compose_config
 from simmim.pretrain import pretrain
 from simmim.run_folder import list_checkpoints
-from simmim.training.loggers import Tracker, WeightsAndBiases, commit
+from simmim.training.environment import commit
+from simmim.training.loggers import Tracker, WeightsAndBiases
 
 
 def run(folder, *overrides):
@@ -130,20 +130,6 @@ def test_a_run_that_begins_anew_is_another_one(tmp_path):
     (tmp_path / "wandb" / "id").write_text("earlier")
     run(tmp_path, "logger=wandb", "trainer.max_steps=1", "pictures=1")
     assert (tmp_path / "wandb" / "id").read_text() != "earlier"
-
-
-def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert commit() is None
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    (tmp_path / "file").write_text("1")
-    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"], ["tag", "v1"]):
-        subprocess.run([*git, *words], check=True)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert commit() == head
-    (tmp_path / "file").write_text("2")
-    assert commit() == f"{head}-dirty"
 
 
 class Broken(Tracker):
