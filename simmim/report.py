@@ -139,6 +139,8 @@ def _comparison(results: Sequence[Result], keys: Sequence[str], places: dict[int
         notes.append("no place: too few runs are done" if alone else "no place: accuracy after fine-tuning would tell")
     elif all(result.accuracy is not None for result in results if result.done):
         notes.append("place: by top-1 accuracy")
+        if "seed" not in keys and all(len(result.tuned) < 2 for result in results):
+            notes.append("one run each: chance moves accuracies too, and several seeds (seed=0,1,2) show by how much")
     else:
         notes.append(f"place: by share{', among runs of the same task' if len(kinds) > 1 else ''}")
     if "seed" in keys and places:

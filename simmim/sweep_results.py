@@ -201,9 +201,11 @@ def rank(results: list[Result]) -> dict[int, int]:
         kinds["" if judged else result.task][json.dumps(settings)].append(result)
     places = {}
     for kind in kinds.values():
-        ordered = sorted(kind.values(), key=lambda seeds: statistics.mean(_score(one, judged) for one in seeds))
-        for place, seeds in enumerate(ordered if len(ordered) > 1 else [], start=1):
-            places.update({result.job.number: place for result in seeds})
+        scores = [statistics.mean(_score(one, judged) for one in seeds) for seeds in kind.values()]
+        for seeds, score in zip(kind.values(), scores, strict=True):
+            if len(scores) > 1:
+                place = 1 + sum(other < score for other in scores)
+                places.update({result.job.number: place for result in seeds})
     return places
 
 
