@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 """What Hugging Face's libraries write beside the weights."""
@@ -51,17 +50,13 @@ def read_pytorch(file: Path) -> Any:
     with file.open("rb") as opened:
         zipped = opened.read(4) == ZIP
     try:
-        if zipped and (classes := get_unsafe_globals_in_checkpoint(str(file))):
-            raise ValueError(_refusal(file, sorted(classes)))
         if zipped and file.suffix != ".safetensors":  # PyTorch would go by that name
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         with file.open("rb") as opened:
             return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anything
-        if str(error).startswith("encoder="):
-            raise
         if found := re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]+)", str(error)):
-            raise ValueError(_refusal(file, [found[1]])) from error
+            raise ValueError(_refusal(file, found[1])) from error
         raise ValueError(
             f"encoder={file} cannot be read: it was cut short, or is no file of weights ({_one_line(error)})"
         ) from error
@@ -82,9 +77,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _refusal(file: Path, classes: list[str]) -> str:
+def _refusal(file: Path, name: str) -> str:
     return (
-        f"encoder={file} needs {', '.join(classes[:3])} to be unpickled, which could run any code, and is not opened. "
+        f"encoder={file} needs {name} to be unpickled, which could run any code, and is not opened. "
         "Write its tensors alone, if you trust its origin and where nothing can be lost, as in a container without "
         f"network: python -c \"import torch; tree = torch.load('{file.name}', weights_only=False); "
         "torch.save(tree.get('model', tree), 'weights.pth')\", and give encoder=weights.pth"

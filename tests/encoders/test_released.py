@@ -161,6 +161,15 @@ def test_a_file_without_buffers_asks_for_what_it_does_not_say(tmp_path: Path, ph
         assert_near(features_of(tmp_path / "bare.pth", photos, **given), network.forward_features(photos))
 
 
+def test_windows_alone_do_not_pass_for_those_that_offsets_count_in(tmp_path: Path) -> None:
+    state = {key: value for key, value in official(timm_network()).items() if "coords_table" not in key}
+    torch.save(state, tmp_path / "part.pth")
+    known = read_encoder_weights(tmp_path / "part.pth")[1]
+    assert known["image_size"] == [256, 256]
+    assert (known["config"]["window_size"], known["config"]["pretrained_window_size"]) == (16, None)
+    assert list(unsaid(known)) == ["model.pretrained_window_size"]
+
+
 def test_timms_state_dicts(tmp_path: Path, photos: Tensor) -> None:
     network = timm_network(256, 8, None)
     torch.save(network.state_dict(), tmp_path / "network.pth")
