@@ -87,6 +87,12 @@ def save_config(config: Config, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(config), path)
 
 
+def load_config(path: Path) -> Config:
+    """The config that a run has saved, as plain values."""
+    plain: Config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # type: ignore[assignment]
+    return plain
+
+
 def command(function: Callable[[Config], Any], *, positional: str | None = None) -> Callable[[], None]:
     """The entry point of a command, made from the function that takes its config as plain values.
 

@@ -344,12 +344,22 @@ BENCHMARK: Section = {
 
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
+EXPORT: Section = {
+    **RUN,
+    "encoder": TEXT,
+    "format": WORD,
+    "out": TEXT,
+    "images": TEXT | NULL,
+    "license": TEXT,
+}
+
 INSPECT: Section = {**RUN, "encoder": TEXT}
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
     "embed": EMBED,
     "evaluate": EVALUATE,
+    "export": EXPORT,
     "finetune": FINETUNE,
     "inspect": INSPECT,
     "plan": PLAN,

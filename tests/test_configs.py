@@ -20,6 +20,7 @@ COMMANDS = (
     "consolidate",
     "embed",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "plan",

@@ -33,11 +33,12 @@ VARIANTS = {
     "evaluate": ("evaluate", ["encoder={encoder}", "data.num_workers=0", "trainer=cpu"]),
     "inspect": ("inspect", ["encoder=nowhere"]),
     "prepare": ("prepare", ["data.root={photos}", "out=copy"]),
+    "export": ("export", ["encoder=nowhere", "format=timm", "out=there"]),
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
 EXAMPLES = {
     "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
-    "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15,
+    "evaluate": 20, "inspect": 10, "prepare": 10, "export": 10, "benchmark": 15,
 }  # fmt: skip
 
 VALUES = [
