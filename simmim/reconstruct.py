@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from simmim.checkpoint_files import load
 from simmim.command import Config, command
-from simmim.data.decoding import UnreadableImage, decode
-from simmim.data.folder import FolderSource
+from simmim.data.excerpt import read_excerpt
 from simmim.data.transforms import centre_transform
 from simmim.encoders.weights import read_encoder_weights, unsaid
 from simmim.masking import Masking, average_distance
@@ -140,35 +139,10 @@ def masking_of(task: Pretraining, **changes: Any) -> Masking:
 
 
 def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], Tensor]:
-    """Readable images of a file, or from all over a folder, cropped to the model's size.
-
-    Returns:
-        Their paths, and (B, C, H, W), uint8 or floats as the model was trained with.
-
-    Raises:
-        ValueError: If none can be read.
-    """
-    channels = task.network.in_channels
+    """Readable images of a file, or from all over a folder, cropped to the model's size (see `read_excerpt`)."""
     height, width = task.hparams["image_size"]
     crop = centre_transform((height, width))
-    if path.is_file():
-        try:
-            return [str(path)], crop(decode(path.read_bytes(), channels, task.max_value))[None]
-        except UnreadableImage as error:
-            raise ValueError(f"images={path} cannot be read ({error})") from error
-    source = FolderSource(path, channels=channels, key="images").in_units_of(task.max_value)
-    readable: dict[str, Tensor] = {}
-    stride = max(1, len(source) // count)
-    for index in sorted(range(len(source)), key=lambda index: (index % stride, index)):
-        try:
-            readable[source.name(index)] = crop(source.load(index)[0])
-        except UnreadableImage as error:
-            log.warning(f"{source.name(index)} cannot be read ({error})")
-        if len(readable) == count:
-            break
-    if not readable:
-        raise ValueError(f"images={path} holds no image that can be read")
-    return list(readable), torch.stack(list(readable.values()))
+    return read_excerpt(path, channels=task.network.in_channels, max_value=task.max_value, crop=crop, count=count)
 
 
 @torch.no_grad()

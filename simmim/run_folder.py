@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,27 @@ def whole_file(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_entries(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder whose files and folders move beside path when the block ends well, path itself last.
+
+    As of `whole_file`, nobody ever sees half of one, and nothing is left of what failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(partial_name(path))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in temporary.rglob("*"):
+            flush(entry)
+        for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == path.name):
+            entry.replace(path.parent / entry.name)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def append(path: Path, text: str) -> None:

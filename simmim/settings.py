@@ -389,6 +389,15 @@ BENCHMARK: Section = {
 
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
+EXPORT: Section = {
+    **RUN,
+    "encoder": TEXT,
+    "format": WORD,
+    "out": TEXT,
+    "images": TEXT | NULL,
+    "license": TEXT,
+}
+
 INSPECT: Section = {**RUN, "encoder": TEXT}
 REPORT: Section = {**RUN, "folder": TEXT, "finetuned": TEXT | NULL, "out": TEXT | NULL}
 
@@ -396,6 +405,7 @@ SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
     "embed": EMBED,
     "evaluate": EVALUATE,
+    "export": EXPORT,
     "finetune": FINETUNE,
     "inspect": INSPECT,
     "plan": PLAN,

@@ -19,6 +19,7 @@ NAMES = (
     "consolidate",
     "embed",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "plan",
@@ -35,7 +36,7 @@ LEVELS = [
     {"simmim.pictures", "simmim.encoders"},
     {"simmim.data", "simmim.training"},
     {"simmim.tasks"},
-    {"simmim.measuring", "simmim.settings"},
+    {"simmim.measuring", "simmim.settings", "simmim.exporting"},
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice
     {"simmim.run", "simmim.stages", "simmim.embedding", "simmim.sweep_results"},

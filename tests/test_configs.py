@@ -22,6 +22,7 @@ COMMANDS = (
     "consolidate",
     "embed",
     "evaluate",
+    "export",
     "finetune",
     "inspect",
     "plan",

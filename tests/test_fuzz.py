@@ -42,12 +42,13 @@ VARIANTS = {
     "inspect": ("inspect", ["encoder=nowhere"]),
     "statistics": ("statistics", ["data=folder", "data.root={photos}"]),
     "prepare": ("prepare", ["data.root={photos}", "out=copy"]),
+    "export": ("export", ["encoder=nowhere", "format=timm", "out=there"]),
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
 EXAMPLES = {
     "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
     "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15, "statistics": 10, "shards": 6, "zip": 5, "hf": 6,
-    "list": 6,
+    "list": 6, "export": 10,
 }  # fmt: skip
 
 VALUES = [

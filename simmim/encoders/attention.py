@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention as flex
 
 from simmim.encoders.position_bias import bias_of_pairs, table_of_pairs
-from simmim.encoders.windows import PADDING, Geometry
+from simmim.encoders.windows import PADDING, Geometry, kept
 
 MAX_LOG_SCALE = math.log(100)
 """The learnt scale never exceeds 100: a temperature of at least 0.01."""
@@ -167,8 +167,7 @@ def _bias(table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
     return bias + penalties(table.device)[kind[:, :, None], kind[:, None, :]][:, None]
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # a cached inference tensor could not serve training later
+@kept(maxsize=8)
 def penalties(device: torch.device) -> Tensor:
     """What is added to the logit of a query and a key, by the regions of both (padding first): (5, 5)."""
     costs = CROSS_REGION * (1 - torch.eye(5))

@@ -117,7 +117,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
         """(B, N, T, C) -> (B, N, T, C), or (K, C) of the B * N * T tokens in rows, the only ones to go on."""
         attended = self.attention(x, geometry, rows)
-        batch, image = len(x), None
+        batch, image = x.shape[0], None
         if rows is not None:
             image = torch.div(rows, x.shape[1] * x.shape[2], rounding_mode="floor")
             x = x.flatten(0, 2)[rows]
@@ -444,7 +444,7 @@ class SwinTransformerV2(nn.Module):
 
 def _as_map(x: Tensor, windows: Windows) -> Tensor:
     """(B, N, T, C) -> (B, H, W, C)."""
-    return reorder(x, windows, Windows.whole(windows.size)).view(len(x), *windows.size, -1)
+    return reorder(x, windows, Windows.whole(windows.size)).view(x.shape[0], *windows.size, -1)
 
 
 def _rows(at: tuple[Tensor, Tensor, Tensor], windows: Windows) -> Tensor:

@@ -101,7 +101,7 @@ def reorder(x: Tensor, source: Windows, target: Windows) -> Tensor:
     if source == target:
         return x
     moved: Tensor = _Gather.apply(x.flatten(1, 2), *_exchange(source, target, 1, x.device))
-    return moved.view(len(x), *target.shape, -1)
+    return moved.view(x.shape[0], *target.shape, -1)
 
 
 def merge(x: Tensor, source: Windows, target: Windows) -> Tensor:
