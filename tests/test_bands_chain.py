@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -67,50 +68,62 @@ def measured(root, out, channels, kind):
     return statistics(config_of("statistics", out, "data=folder", f"data.root={root}", *settings))
 
 
+@pytest.fixture(scope="module")
+def first_stage(scenes, tmp_path_factory):
+    """A function of channels and kind: gives images, a run pretrained on them, and the statistics that it took up."""
+    stages = {}
+
+    def make(channels, kind):
+        if (channels, kind) not in stages:
+            root, folder = scenes(channels, kind), tmp_path_factory.mktemp("run")
+            found = measured(root, folder / "measured", channels, kind)
+            debug = ["experiment=debug", "data=folder", f"data.root={root}", "data.val_fraction=0.3", *SMALL]
+            words = [f"data.statistics={folder / 'measured'}", "trainer.max_steps=1", "picture_channels=[0]"]
+            pretrain(config_of("pretrain", folder, *debug, *words))
+            stages[channels, kind] = root, folder, found
+        return stages[channels, kind]
+
+    return make
+
+
+def facts_of(found):
+    return {key: found[key] for key in ("mean", "std", "max_value")}
+
+
 @pytest.mark.parametrize(("channels", "kind"), [(13, "uint16"), (4, "float32"), (2, "uint8"), (1, "uint16")])
-def test_the_whole_chain(scenes, tmp_path, channels, kind, caplog):
-    root, run = scenes(channels, kind), tmp_path / "pretrain"
-    found = measured(root, tmp_path / "measured", channels, kind)
-    debug = ["experiment=debug", "data=folder", f"data.root={root}", "data.val_fraction=0.3", *SMALL]
-    pretrain(config_of("pretrain", run, *debug, "trainer.max_steps=1", f"data.statistics={tmp_path / 'measured'}"))
+def test_statistics_are_kept_up_to_the_features(first_stage, tmp_path, channels, kind, caplog):
+    root, run, found = first_stage(channels, kind)
+    assert (found["channels"], found["max_value"]) == (channels, MAX_VALUE[kind])
     saved = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    facts = {"mean": found["mean"], "std": found["std"], "max_value": MAX_VALUE[kind]}
-    assert {key: saved[key] for key in facts} == facts
+    assert {key: saved[key] for key in facts_of(found)} == facts_of(found)
     assert saved["channels"] == channels
+    assert len(list((run / "reconstructions").iterdir())) == 1
     for path in (run, list_checkpoints(run)[-1]):
         _, metadata = read_encoder_weights(path)
-        assert {key: metadata[key] for key in facts} == facts
+        assert {key: metadata[key] for key in facts_of(found)} == facts_of(found)
         assert metadata["config"]["in_channels"] == channels
-    assert len(list((run / "reconstructions").iterdir())) == 1
-
-    labelled = ["data=folder", f"data.root={root}", f"data.val_root={root}", "data.num_workers=0", "trainer=cpu"]
-    colours = ["augmentation.randaugment=null", "augmentation.color_jitter=0"]
-    tuned = tmp_path / "finetune"
-    summary = finetune(
-        config_of(
-            "finetune", tuned, f"encoder={run}", *labelled, *colours, "trainer.max_steps=1", "data.batch_size=12",
-            "augmentation.erasing=1",
-        )
-    )  # fmt: skip
-    assert np.isfinite(summary["val_loss"])
-    assert {key: read_encoder_weights(tuned)[1][key] for key in facts} == facts
-    again = evaluate(config_of("evaluate", tmp_path / "e", f"encoder={tuned}", *labelled[:2], *labelled[3:]))
-    assert again["loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
-    probe = ["probe=knn", "knn.k=[2]"]
-    assert evaluate(config_of("evaluate", tmp_path / "p", f"encoder={run}", *labelled, *probe))["images"] == 12
-
-    out = embed(config_of("embed", tmp_path / "m", f"encoder={run}", f"images={root}", "trainer=cpu"))
-    features = np.load(out)["features"]
-    task = load_pretraining(run)
-    names, images = load_images(root, task, 12)
+    out = embed(config_of("embed", tmp_path, f"encoder={run}", f"images={root}", "trainer=cpu"))
+    names, images = load_images(root, load_pretraining(run), 12)
     assert images.dtype == (torch.uint8 if kind == "uint8" else torch.float32)
     mean, std = (torch.tensor(found[key]).view(-1, 1, 1) for key in ("mean", "std"))
     expected = load_encoder(run).eval()((images.float() / MAX_VALUE[kind] - mean) / std).mean((1, 2))
-    order = np.argsort(names)
-    assert np.allclose(features, expected.detach().numpy()[order], atol=1e-4)
-    picture = reconstruct(config_of("reconstruct", tmp_path / "r", f"encoder={run}", f"images={root}", "count=2"))
-    assert Image.open(picture).width > 100
+    assert np.allclose(np.load(out)["features"], expected.detach().numpy()[np.argsort(names)], atol=1e-4)
     assert "cannot be read" not in caplog.text
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(13, "uint16"), (2, "uint8")])
+def test_fine_tuning_and_evaluation_inherit(first_stage, tmp_path, channels, kind):
+    root, run, found = first_stage(channels, kind)
+    labelled = ["data=folder", f"data.root={root}", "data.num_workers=0", "trainer=cpu"]
+    words = [f"data.val_root={root}", "augmentation.randaugment=null", "augmentation.color_jitter=0",
+             "augmentation.erasing=1", "trainer.max_steps=1", "data.batch_size=12"]  # fmt: skip
+    summary = finetune(config_of("finetune", tmp_path / "t", f"encoder={run}", *labelled, *words))
+    metadata = read_encoder_weights(tmp_path / "t")[1]
+    assert {key: metadata[key] for key in facts_of(found)} == facts_of(found)
+    again = evaluate(config_of("evaluate", tmp_path / "e", f"encoder={tmp_path / 't'}", *labelled))
+    assert again["loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
+    probe = [f"data.val_root={root}", "probe=knn", "knn.k=[2]"]
+    assert evaluate(config_of("evaluate", tmp_path / "p", f"encoder={run}", *labelled, *probe))["images"] == 12
 
 
 def test_a_resumed_run_of_bands_is_bit_identical(scenes, tmp_path):
@@ -125,9 +138,9 @@ def test_a_resumed_run_of_bands_is_bit_identical(scenes, tmp_path):
         return [line.split(",")[column] for line in lines[1:] if line.split(",")[column]]
 
     pretrain(config_of("pretrain", tmp_path / "whole", *settings, "checkpoint.keep=null"))
-    pretrain(config_of("pretrain", tmp_path / "broken", *settings, "checkpoint.keep=null"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     assert [path.stem for path in list_checkpoints(tmp_path / "broken")] == ["step_0000002", "step_0000004"]
-    list_checkpoints(tmp_path / "broken")[-1].unlink()
+    list_checkpoints(tmp_path / "broken")[-1].unlink()  # as if killed after step 2
     pretrain(config_of("pretrain", tmp_path / "broken", *settings, "checkpoint.keep=null", "resume=auto"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     assert len(losses(tmp_path / "whole")) == 4
@@ -210,17 +223,8 @@ def test_a_stretch_goes_by_the_percentiles_of_the_original():
     assert [choose_channels(count, None) for count in (1, 2, 3, 13)] == [[0], [0], [0, 1, 2], [0, 1, 2]]
 
 
-@pytest.fixture(scope="module")
-def pretrained(scenes, tmp_path_factory):
-    folder, root = tmp_path_factory.mktemp("run"), scenes(13, "uint16")
-    words = ["data.channels=13", "data.max_value=10000", "data.mean=0.2", "data.std=0.2", "trainer.max_steps=1"]
-    pretrain(config_of("pretrain", folder, "experiment=debug", "data=folder", f"data.root={root}", *SMALL, *words,
-                       "picture_channels=[7]"))  # fmt: skip
-    return folder, root
-
-
-def test_pictures_show_chosen_channels_stretched(pretrained, tmp_path, monkeypatch):
-    run, root = pretrained
+def test_pictures_show_chosen_channels_stretched(first_stage, tmp_path, monkeypatch):
+    root, run, _ = first_stage(13, "uint16")
     drawn = {}
     monkeypatch.setattr("simmim.reconstruct.draw_panels", lambda panels, *_, caption: drawn.update({caption: panels}))
     for channels in ("null", "[9,4,0]", "[12]"):
@@ -242,8 +246,8 @@ def test_pictures_show_chosen_channels_stretched(pretrained, tmp_path, monkeypat
         reconstruct(config_of("reconstruct", tmp_path, f"encoder={run}", f"images={root}", "picture_channels=[13]"))
 
 
-def test_an_older_checkpoint_is_of_8_bit_images(pretrained, tmp_path):
-    run, _ = pretrained
+def test_an_older_checkpoint_is_of_8_bit_images(first_stage, tmp_path):
+    _, run, _ = first_stage(13, "uint16")
     checkpoint = torch.load(list_checkpoints(run)[-1], weights_only=True)
     del checkpoint["hyper_parameters"]["max_value"]
     torch.save(checkpoint, tmp_path / "step_0000001.ckpt")

@@ -49,7 +49,7 @@ def error_of(*overrides, folder):
         ("model.window_size=3", ["image size 32x32 px does not fit", "model.window_size=3"]),
         ("data.batch_size=many", ["data.batch_size=many must be a whole number"]),
         ("data.crop_scale=[0.5,2]", ["data.crop_scale=[0.5, 2]", "at most 1"]),
-        ("data.std=[0]", ["data.std=[0] must be a number, positive"]),
+        ("data.std=[0]", ["data.std=[0] must be a number, at least 1e-12"]),
         ("optimizer.clip_grad_norm=null", ["optimizer.clip_grad_norm=null must be a number"]),
         ("optimizer.base_lr=0", ["optimizer.base_lr=0 must be a number, positive"]),
         ("data.timeout=0", ["data.timeout=0 must be a number, positive"]),

@@ -142,7 +142,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(encoder_file, photos, dirty,
     for key in ("paths", "features", "labels"):
         np.testing.assert_array_equal(found[key], clean[key])
     lines = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
-    reasons = ["not an image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF)", "empty file"]
+    reasons = ["not an image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF, NPY)", "empty file"]
     names = [f"{dirty}/a/000.jpg", f"{dirty}/b/zz.jpg"]
     assert lines == [f"{name}\t{reason}" for name, reason in zip(names, reasons, strict=True)]
     assert all(
@@ -402,7 +402,7 @@ def test_parquet_has_a_row_an_image(encoder_file, photos, tmp_path):
         whole = content(run(encoder_file, photos, tmp_path / f"{features}.npz", *settings))
         facts = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items()}
         assert facts == {"encoder": str(encoder_file), "image_size": [16, 16], "mean": MEAN, "std": STD,
-                         "shape": shape, "classes": ["a", "b"]}  # fmt: skip
+                         "max_value": 255, "shape": shape, "classes": ["a", "b"]}  # fmt: skip
         assert table["path"].to_pylist() == whole["paths"].tolist()
         assert table["label"].to_pylist() == whole["labels"].tolist()
         vectors = np.array(table["vector"].to_pylist(), dtype=np.float32)

@@ -32,7 +32,7 @@ class Labelled:
         return len(self.indices)
 
     def load(self, index: int) -> tuple[Tensor, int]:
-        """The image as uint8 (C, H, W), and its label."""
+        """The image (C, H, W), and its label."""
         image, label = self.source.load(self.indices[index])
         return image, self._labels[label]
 

@@ -50,6 +50,26 @@ def test_crops_of_either_layout_are_those_of_torchvision(channels):
             assert torch.equal(resized_crop(image, box, (32, 48)), expected)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("channels", [1, 2, 13])
+def test_floats_and_many_channels_are_cut_and_resized_alike(channels, interpolation):
+    """Each channel as torchvision does it alone, in double precision: nothing is rounded or clipped."""
+    torch.manual_seed(0)
+    rows = 1000 * torch.randn(90, 120, channels)
+    mode = v2.InterpolationMode(interpolation)
+    for image in (rows.permute(2, 0, 1), rows.permute(2, 0, 1).contiguous()):
+        for box in ((0, 0, 90, 120), (7, 11, 60, 50), (3, 80, 20, 40)):
+            ours = resized_crop(image, box, (32, 48), interpolation)
+            assert ours.dtype == torch.float32
+            for channel in range(channels):
+                alone = image[channel : channel + 1].double()
+                expected = v2.functional.resized_crop(alone, *box, [32, 48], interpolation=mode, antialias=True)
+                assert (ours[channel] - expected[0]).abs().max() < 0.1  # of 1000: weights in single precision
+    whole = rows.permute(2, 0, 1).clamp(0, 255).to(torch.uint8)
+    difference = resized_crop(whole.float(), box, (32, 48)) - resized_crop(whole, box, (32, 48)).float()
+    assert difference.abs().max() <= 1  # 8 bits, rounded between the axes
+
+
 def test_colours_keep_the_layout_of_the_decoder():
     image = torch.zeros(90, 120, 3, dtype=torch.uint8).permute(2, 0, 1)
     assert resized_crop(image, (1, 2, 80, 90), (32, 32)).stride() == (1, 96, 3)
@@ -221,6 +241,29 @@ def test_the_noise_is_standard_normal_once_it_is_normalised():
         assert normalised.std().item() == pytest.approx(1, abs=0.02)
         within = (normalised.abs() < 1).float().mean().item()
         assert within == pytest.approx(0.683, abs=0.015)
+
+
+def test_noise_in_floats_is_normal_too_and_never_clipped():
+    mean, std = [0.1, -3.0], [0.5, 2.0]
+    settings = {"randaugment": None, "color_jitter": 0, "erasing": 1, "mean": mean, "std": std, "max_value": 10000}
+    transform = finetuning_transform((64, 64), **{**FINETUNING, **settings})
+    torch.manual_seed(0)
+    image = torch.full((2, 80, 80), 123456.0)
+    results = torch.stack([transform(image) for _ in range(100)])
+    assert results.dtype == torch.float32
+    erased_pixels = (results - 123456).abs() > 1
+    assert 0.02 < erased_pixels.float().mean() < 0.4
+    for channel in range(2):
+        noise = results[:, channel][erased_pixels[:, channel]]
+        normalised = (noise / 10000 - mean[channel]) / std[channel]
+        assert normalised.mean().abs() < 0.02
+        assert normalised.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("change", [{"randaugment": 0}, {"randaugment": 9}, {"color_jitter": 0.4}])
+def test_colours_of_more_than_8_bits_are_not_changed(change):
+    with pytest.raises(ValueError, match=r"^data\.max_value=65535: .*augmentation\.randaugment=null .*color_jitter=0$"):
+        finetuning_transform((32, 32), **{**FINETUNING, "max_value": 65535, **change})
 
 
 def mixed(**settings):

@@ -80,7 +80,7 @@ def test_a_picture_without_room_is_left_out_and_the_older_one_stays(tmp_path, ca
     module = SimpleNamespace(
         device="cpu",
         hparams={"masking": {"ratio": 0.6, "patch_size": 16}},
-        panels=lambda images, mask: torch.rand(2, 4, 3, 32, 32),
+        panels=lambda images, mask, channels: torch.rand(2, 4, 3, 32, 32),
         caption=lambda **settings: "",
     )
     trainer = SimpleNamespace(
