@@ -79,7 +79,9 @@ masking = masking_of(task)
 masks = masks_of(masking)
 caption = task.caption(ratio=masking.ratio, patch_size=masking.patch_size)
 titles = ("original", "masked", "reconstruction", "with visible part")
-show(task.panels(images, masks), "panels.png", titles, caption)
+panels = task.panels(images, masks)
+original = panels[:, 0]
+show(panels, "panels.png", titles, caption)
 
 # %% [markdown]
 # ## Mask patch size, ratio, and AvgDist
@@ -90,7 +92,7 @@ show(task.panels(images, masks), "panels.png", titles, caption)
 # though it was trained with one: cells of another size than it knows puzzle it.
 
 # %%
-columns, names, rows = [images / 255], ["original"], []
+columns, names, rows = [original], ["original"], []
 cells = [masking.patch_size // 4, masking.patch_size // 2, masking.patch_size]
 for patch_size in (size for size in cells if size >= task.network.encoder.patch_size):
     for ratio in (0.4, 0.6, 0.75):
@@ -118,4 +120,4 @@ checkpoints = list_checkpoints(run)
 chosen = checkpoints[:: max(1, len(checkpoints) // 4)][-4:]
 stages = [load_pretraining(path).panels(images, masks)[:, 3] for path in chosen]
 steps = [f"step {int(path.stem.removeprefix('step_'))}" for path in chosen]
-show(torch.stack([images / 255, *stages], dim=1), "checkpoints.png", ["original", *steps])
+show(torch.stack([original, *stages], dim=1), "checkpoints.png", ["original", *steps])

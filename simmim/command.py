@@ -1,5 +1,6 @@
 """What every command shares: composing its config, and errors of one line. Below it nobody knows Hydra."""
 
+import csv
 import functools
 import logging
 import math
@@ -36,6 +37,12 @@ from simmim.training.checkpoint import Stopped
 log = logging.getLogger(__name__)
 
 Config = dict[str, Any]
+
+STATISTICS = "statistics.yaml"
+"""What `simmim.statistics` leaves in its run folder, for `data.statistics`."""
+
+TAKEN_UP = ("mean", "std", "channels", "max_value")
+"""Settings of `data` that it says."""
 
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 """What a user can mend: told in one line. Anything else is a defect of ours and keeps its traceback."""
@@ -81,6 +88,8 @@ def compose_config(name: str, overrides: list[str], *, output_dir: Path) -> Conf
 def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
     """The composed config of a command as dicts, lists, strings and numbers, each of its kind.
 
+    Where `data.statistics` is given, it holds their numbers.
+
     Raises:
         ValueError: If a value is missing, or is not what `simmim.settings` says of it; if there are several roots.
     """
@@ -96,8 +105,39 @@ def to_plain(config: DictConfig, name: str, overrides: list[str]) -> Config:
     if empty := [key for key in _keys(config) if OmegaConf.select(config, key) == ""]:
         raise ValueError(f"{empty[0]} is empty: {empty[0]}=…")
     plain: Config = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    check_settings(plain, name, typed={word.lstrip("+~").partition("=")[0] for word in overrides})
+    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    check_settings(plain, name, typed=typed)
+    if plain.get("data", {}).get("statistics") is not None:
+        plain["data"] |= _read_statistics(plain["data"], typed)
+        try:
+            check_settings(plain, name, typed=())
+        except ValueError as error:
+            raise ValueError(f"data.statistics={plain['data']['statistics']}: {error}") from error
     return plain
+
+
+def _read_statistics(data: Config, typed: set[str]) -> Config:
+    """What `data.statistics` says of the images.
+
+    Raises:
+        ValueError: If nothing of `simmim.statistics` is there, or a person gave another number.
+    """
+    given = f"data.statistics={data['statistics']}"
+    path = Path(data["statistics"]).expanduser()
+    path = path / STATISTICS if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{given}: there is no {path}: python -m simmim.statistics makes it")
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        taken = {key: found[key] for key in TAKEN_UP}
+    except Exception as error:  # no YAML, no mapping, or another one
+        raise ValueError(f"{given} is not what python -m simmim.statistics wrote ({type(error).__name__})") from error
+    for key in TAKEN_UP:
+        if f"data.{key}" in typed and data[key] != taken[key]:
+            raise ValueError(
+                f"data.{key}={data[key]} contradicts {given}, which has {taken[key]}: leave one of them out"
+            )
+    return taken
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -155,9 +195,9 @@ def command(
                 if sweep and "group" in plain.get("logger", {}):
                     plain["logger"]["group"] = plain["logger"]["group"] or str(plain["name"])
                 if sweep and name in TRAINING and world_size(plain) > 1 and started_outside() is None:
-                    _run_job_apart(plain, name, {**os.environ, "HYDRA_FULL_ERROR": str(int(traceback))})
-                    return None
-                result = function(plain)
+                    result = _run_job_apart(plain, name, {**os.environ, "HYDRA_FULL_ERROR": str(int(traceback))})
+                else:
+                    result = function(plain)
         except Stopped as stopped:
             log.warning(stopped)
             # A process that Lightning started must not fail, or it would kill the first one.
@@ -175,7 +215,7 @@ def command(
             sys.argv[1] = f"{positional}={_quoted(sys.argv[1])}"
         logging.raiseExceptions = False  # a run.log for which there is no room ends no run, and prints no traceback
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
-        sys.argv.append(f"+hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}")
+        sys.argv.append(f"++hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}")
         SweepFolder.path, started, ended = None, time.time(), ""
         failures.clear()
         try:
@@ -251,16 +291,17 @@ def _check_choices(words: list[str], name: str) -> None:
                 raise ValueError(f"{word} is unknown: choose one of {', '.join(_choices(group))}")
 
 
-def _run_job_apart(config: Config, name: str, environment: dict[str, str]) -> None:
+def _run_job_apart(config: Config, name: str, environment: dict[str, str]) -> dict[str, float]:
     """Runs a job of a multirun as a command of its own: each process that it started would run the whole multirun.
+
+    Returns:
+        The last value of each of its metrics.
 
     Raises:
         Stopped: If it was asked to stop.
-        ValueError: If it failed, which its own lines explain; if a search shall learn from it.
+        ValueError: If it failed, which its own lines explain.
     """
     settings = HydraConfig.get()
-    if not settings.sweeper._target_.endswith(".BasicSweeper"):
-        raise ValueError("trainer.devices: a search learns from runs on one device: give trainer.devices=1")
     folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
     # What was typed for Hydra itself, as a launcher, stays out: this is one run, in the folder that it was given.
     words = [
@@ -277,6 +318,8 @@ def _run_job_apart(config: Config, name: str, environment: dict[str, str]) -> No
         raise Stopped("the multirun stops here: the same command with resume=auto goes on with its jobs")
     if code:
         raise ValueError(f"exit code {code}, {shown(Path(config['output_dir']))}/run.log says why")
+    with (Path(config["output_dir"]) / "metrics.csv").open(newline="") as file:
+        return {key: float(value) for row in csv.DictReader(file) for key, value in row.items() if value}
 
 
 def _quoted(value: Any) -> str:

@@ -60,6 +60,7 @@ def embed(config: Config) -> Path:
     config = fill_in(config, read_encoder_weights(Path(config["encoder"]))[1])
     embedder = create_embedder(config, open_encoder(config), pooled=config["features"] == "pooled")
     source = open_images(Path(config["images"]).expanduser(), channels=config["data"]["channels"])
+    source = source.in_units_of(config["data"]["max_value"])
     begun = begun_with(out).get("data.batch_size")
     embedder.batch_size = config["data"]["batch_size"] or begun or fitting_batch(embedder)
     images = {"image_size": list(embedder.image_size), **per_channel(config["data"])}

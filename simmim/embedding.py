@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from simmim.command import Config, image_size_of, on_gpu, precision_of
-from simmim.data.decoding import UnreadableImage
+from simmim.data.decoding import EIGHT_BIT, UnreadableImage
 from simmim.data.files import free_memory
 from simmim.data.loader import Notes, WatchedLoader, default_workers, end_with_the_command
 from simmim.data.module import ImageSource, stack
@@ -33,16 +33,17 @@ FLOATS_PER_CHANNEL = 24
 
 
 class Embedder:
-    """An encoder on its device: uint8 images in, features out, so many images at once as its memory holds.
+    """An encoder on its device: images in, features out, so many images at once as its memory holds.
 
     Args:
         encoder: What makes the features.
         image_size: Height and width of the images in pixels.
-        mean: Of each channel, in units of 0 to 1.
+        mean: Of each channel, in units of `max_value`.
         std: Standard deviation of each channel.
         pooled: Whether to take the mean of the final map, which is what a classifier sees, instead of the map.
         gpu: Whether to compute on the GPU.
         bf16: Whether to compute in bfloat16 by autocast; the features are float32 in any case.
+        max_value: The pixel value that counts as 1.
 
     Attributes:
         batch_size: Images at once, at most; halved whenever the GPU's memory runs out.
@@ -58,17 +59,19 @@ class Embedder:
         pooled: bool,
         gpu: bool,
         bf16: bool,
+        max_value: float = EIGHT_BIT,
     ) -> None:
         self.device = torch.device("cuda" if gpu else "cpu")
         self.encoder = encoder.eval().to(self.device)
         self.mean, self.std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (mean, std))
+        self.max_value = max_value
         self.image_size = image_size
         self.pooled = pooled
         self.bf16 = bf16
         self.batch_size = 1
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, c, H, W) -> float32 (B, C), or (B, H/stride, W/stride, C); both on the CPU.
+        """Images (B, c, H, W), uint8 or floats -> float32 (B, C), or (B, H/stride, W/stride, C); both on the CPU.
 
         Raises:
             ValueError: If the memory does not hold one image.
@@ -97,7 +100,7 @@ class Embedder:
 
     @torch.inference_mode()
     def _compute(self, images: Tensor) -> Tensor:
-        x = (images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
+        x = (images.to(self.device, non_blocking=True).float() / self.max_value - self.mean) / self.std
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             features: Tensor = self.encoder(x)  # (B, h, w, C)
         features = features.float()
@@ -133,7 +136,8 @@ def fitting_batch(embedder: Embedder) -> int:
         return min(CPU_BATCH, 1 << fits.bit_length() - 1)
     size = 1
     while size < GPU_BATCH:
-        images = torch.zeros(2 * size, settings["in_channels"], height, width, dtype=torch.uint8)
+        dtype = torch.uint8 if embedder.max_value == EIGHT_BIT else torch.float32
+        images = torch.zeros(2 * size, settings["in_channels"], height, width, dtype=dtype)
         if embedder.try_at_once(images) is None:
             break
         size *= 2
@@ -142,7 +146,7 @@ def fitting_batch(embedder: Embedder) -> int:
 
 
 Sample = tuple[int, Tensor | None, str]
-"""Position of an image, its pixels uint8 (c, H, W), and \"\"; or, where it cannot be read, None and the reason."""
+"""Position of an image, its pixels (c, H, W), and \"\"; or, where it cannot be read, None and the reason."""
 
 Unreadable = list[tuple[int, str]]
 """Positions of images, each with the reason why it cannot be read."""
@@ -166,7 +170,7 @@ class Crops(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[int], Tensor | None, Unreadable]:
-    """Positions and pixels uint8 (B, c, H, W) of the readable images, and the others with their reasons."""
+    """Positions and pixels (B, c, H, W) of the readable images, and the others with their reasons."""
     positions = [index for index, image, _ in samples if image is not None]
     images = [image for _, image, _ in samples if image is not None]
     unreadable = [(index, reason) for index, image, reason in samples if image is None]

@@ -87,7 +87,7 @@ def _run(config: Config) -> dict[str, Any]:
             image_size=image_size_of(config),
             weights=weights,
             head=head,
-            **{key: task.hparams[key] for key in ("classes", "mean", "std")},
+            **{key: task.hparams[key] for key in ("classes", "mean", "std", "max_value")},
             **{key: config["data"][key] for key in ("test_crop", "interpolation")},
         )
     metrics = {key: float(trainer.callback_metrics[key]) for key in ("val_loss", "val_top1", "val_top5")}

@@ -1,5 +1,6 @@
 """What a person sees of a model: original, masked, reconstruction, and both together."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ LONGEST_NAME = 24
 MOST_NUMBERED = 20
 """Up to so many classes, their counts can be read in a picture."""
 
+RANGE = (0.02, 0.98)
+"""Shares of the pixels of a channel that are darker than black and white in a stretched picture."""
+
+MOST_TICKS = 8
+"""Up to so many values have a tick of their own."""
+
 PANELS = ("original", "masked", "reconstruction", "with visible part")
 
 
@@ -35,7 +42,7 @@ class Point:
     Args:
         x: A number, or a word.
         y: A number.
-        kind: Points of a kind have one colour, and are joined where x is a number.
+        kind: Points of a kind have one colour, and are joined by their means where x is a number.
         label: Stands beside the point.
         whole: Whether the run has ended; else the point is hollow.
     """
@@ -80,6 +87,41 @@ def four_panels(original: Tensor, reconstruction: Tensor, mask: Tensor) -> Tenso
     masked = original.masked_fill(hidden, GREY)
     pasted = torch.where(hidden, reconstruction, original)
     return torch.stack([original, masked, reconstruction, pasted], dim=1)
+
+
+def choose_channels(count: int, chosen: Sequence[int] | None) -> list[int]:
+    """The channels that a picture shows: three as red, green and blue, or one as grey.
+
+    Args:
+        count: Channels that there are.
+        chosen: Given as `picture_channels`; None for the first three, or of fewer the first.
+
+    Raises:
+        ValueError: If one is chosen that there is not.
+    """
+    if chosen is None:
+        return [0, 1, 2] if count >= 3 else [0]
+    if max(chosen) >= count:
+        said = ",".join(map(str, chosen))
+        raise ValueError(f"picture_channels=[{said}]: data.channels={count} are numbered from 0 to {count - 1}")
+    return list(chosen)
+
+
+def stretch(images: Tensor, originals: Tensor) -> Tensor:
+    """Makes images readable: the 2nd percentile of a channel becomes black, the 98th white.
+
+    Args:
+        images: (B, C, H, W).
+        originals: What the percentiles are taken of, each channel of each image alone: all panels of an image go by
+            those of its original.
+
+    Returns:
+        (B, C, H, W), clipped to 0 to 1.
+    """
+    pixels = originals.flatten(2)
+    low, high = (pixels.kthvalue(1 + round(share * (pixels.shape[2] - 1)))[0][..., None, None] for share in RANGE)
+    width = torch.where(high > low, high - low, 1)  # a channel may be constant
+    return ((images - low) / width).clamp(0, 1)
 
 
 def draw_panels(panels: Tensor, path: Path, *, titles: Sequence[str] = PANELS, caption: str = "") -> None:
@@ -220,6 +262,7 @@ def draw_runs(
             _draw_kind(axis, points, colours[name], name, below=index % 2 == 0)
         if panel.logarithmic:
             axis.set_xscale("log")
+            _tick_values(axis, panel.points)
         axis.margins(x=0.12, y=0.12)
         axis.set_xlabel(panel.xlabel)
         axis.set_ylabel(panel.ylabel)
@@ -235,11 +278,13 @@ def draw_runs(
 
 
 def _draw_kind(axis: Any, points: Sequence[Point], colour: Any, name: str, *, below: bool) -> None:
-    """Joined in the order of x, each with its label, right below or left above; unfinished ones hollow."""
-    words = any(isinstance(point.x, str) for point in points)
-    points = points if words else sorted(points, key=lambda point: point.x)
-    joined = "" if words else "-"
-    axis.plot([point.x for point in points], [point.y for point in points], joined, color=colour, alpha=0.5, lw=1)
+    """Joined where x is a number; each with its label, right below or left above; unfinished ones are hollow."""
+    means: dict[Any, list[float]] = {}  # where several runs differ by their seeds alone
+    for point in points:
+        means.setdefault(point.x, []).append(point.y)
+    if not any(isinstance(x, str) for x in means):
+        joined = sorted(means)
+        axis.plot(joined, [statistics.mean(means[x]) for x in joined], color=colour, alpha=0.5, lw=1)
     axis.plot([], [], "o", color=colour, label=_drawable(name))
     for point in points:
         axis.plot([point.x], [point.y], "o", color=colour, mfc=colour if point.whole else "white")
@@ -254,6 +299,14 @@ def _draw_kind(axis: Any, points: Sequence[Point], colour: Any, name: str, *, be
             color="0.25",
             parse_math=False,
         )
+
+
+def _tick_values(axis: Any, points: Sequence[Point]) -> None:
+    """A tick for each value of x, where there is room."""
+    values = sorted({point.x for point in points if not isinstance(point.x, str)})
+    if len(values) <= MOST_TICKS:
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.set_xticks([], minor=True)
 
 
 def _drawable(name: str) -> str:

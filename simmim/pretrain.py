@@ -24,6 +24,7 @@ from simmim.encoders.weights import (
     trained_windows,
 )
 from simmim.masking import Masking
+from simmim.pictures import choose_channels
 from simmim.plan import advice
 from simmim.run import (
     Length,
@@ -79,12 +80,13 @@ def _run(config: Config) -> dict[str, Any]:
         output_dir / "reconstructions",
         fixed_batch(data.val_samples, config["pictures"]),
         steps_per_epoch=length.steps_per_epoch,
+        channels=config["picture_channels"],
     )
     callbacks = [pictures, *_probes(config, data, length)]
     trainer = train("pretrain", config, task, data, length, checkpoint=checkpoint, callbacks=callbacks)
     encoder, weights = task.best.encoder, gather(task.best.encoder)
     if trainer.is_global_zero:
-        statistics = {key: task.hparams[key] for key in ("mean", "std")}
+        statistics = {key: task.hparams[key] for key in ("mean", "std", "max_value")}
         save_encoder(encoder, output_dir / ENCODER, image_size=image_size, weights=weights, **statistics)
     return _summarise(output_dir, trainer)
 
@@ -139,6 +141,7 @@ def build(config: Config) -> tuple[Pretraining, ImageData, Length]:
         **per_channel(data_config),
         **training_settings(config, length),
     )
+    choose_channels(data_config["channels"], config["picture_channels"])  # or says which there are
     task.network.encoder.check_image_size(*image_size)
     task.network.encoder.checkpoint_activations(config["trainer"]["activation_checkpointing"])
     if config["trainer"]["compile"]:

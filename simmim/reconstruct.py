@@ -44,8 +44,9 @@ def reconstruct(config: Config) -> Path:
     names, images = load_images(Path(config["images"]), task, config["count"])
     masks = torch.stack([masking(generator_from(config["seed"], "mask", index)) for index in range(len(images))])
     path = Path(config["output_dir"]) / "reconstruction.png"
-    caption = task.caption(ratio=masking.ratio, patch_size=masking.patch_size)
-    draw_panels(task.panels(images, masks), path, caption=caption)
+    channels = config["picture_channels"]
+    caption = task.caption(ratio=masking.ratio, patch_size=masking.patch_size, channels=channels)
+    draw_panels(task.panels(images, masks, channels), path, caption=caption)
     for name, loss, trivial in zip(names, *losses(task, images, masks), strict=True):
         log.info(f"loss {loss:.3f}, {loss / trivial:.2f} of the visible mean's {trivial:.3f}: {name}")
     distance = sum(average_distance(mask, masking.patch_size) for mask in masks) / len(masks)
@@ -142,7 +143,7 @@ def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], T
     """Readable images of a file, or from all over a folder, cropped to the model's size.
 
     Returns:
-        Their paths, and uint8 (B, C, H, W).
+        Their paths, and (B, C, H, W), uint8 or floats as the model was trained with.
 
     Raises:
         ValueError: If none can be read.
@@ -152,10 +153,10 @@ def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], T
     crop = centre_transform((height, width))
     if path.is_file():
         try:
-            return [str(path)], crop(decode(path.read_bytes(), channels))[None]
+            return [str(path)], crop(decode(path.read_bytes(), channels, task.max_value))[None]
         except UnreadableImage as error:
             raise ValueError(f"images={path} cannot be read ({error})") from error
-    source = FolderSource(path, channels=channels, key="images")
+    source = FolderSource(path, channels=channels, key="images").in_units_of(task.max_value)
     readable: dict[str, Tensor] = {}
     stride = max(1, len(source) // count)
     for index in sorted(range(len(source)), key=lambda index: (index % stride, index)):
@@ -172,7 +173,7 @@ def load_images(path: Path, task: Pretraining, count: int) -> tuple[list[str], T
 
 @torch.no_grad()
 def losses(task: Pretraining, images: Tensor, masks: Tensor) -> tuple[list[float], list[float]]:
-    """The loss of each uint8 image (B, C, H, W), and that of the mean colour of its visible pixels."""
+    """The loss of each image (B, C, H, W), and that of the mean colour of its visible pixels."""
     network, alone = task.best, [(task.normalize(i[None]), m[None]) for i, m in zip(images, masks, strict=True)]
     return [float(network(*pair)) for pair in alone], [float(network.visible_mean_loss(*pair)) for pair in alone]
 

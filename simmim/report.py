@@ -141,6 +141,8 @@ def _comparison(results: Sequence[Result], keys: Sequence[str], places: dict[int
         notes.append("place: by top-1 accuracy")
     else:
         notes.append(f"place: by share{', among runs of the same task' if len(kinds) > 1 else ''}")
+    if "seed" in keys and places:
+        notes.append("runs that differ by their seeds alone share a place, by their mean")
     return notes
 
 

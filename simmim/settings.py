@@ -110,6 +110,7 @@ SHARE = number(0, 1)
 RATIO = Kind("a number", is_number)
 EPOCHS = 10**6
 PIXELS = count(2**13)
+CHANNELS = several(whole(0, 999), 3) | several(whole(0, 999), 1)
 IMAGE_SIZE = Kind("a number of pixels, or [height, width]", (PIXELS | several(PIXELS, 2)).accepts)
 SEED = whole(0, 2**32 - 1)  # as NumPy's
 RUN: Section = {"name": NAME, "output_dir": TEXT}
@@ -129,6 +130,7 @@ MODEL: Section = {
     "position_bias": WORD,
 }
 
+MAX_VALUE = number(1e-12, 1e12)
 FILES: Section = {"root": TEXT, "val_root": TEXT | NULL, "val_fraction": number(), "cache": WORD}
 SOURCES: dict[str, Section] = {
     "synthetic": {"train_images": count(), "val_images": count(2**20)},
@@ -141,14 +143,16 @@ SOURCES: dict[str, Section] = {
 BATCHES: Section = {
     "source": WORD,
     "channels": count(1000),
+    "max_value": MAX_VALUE,
     "image_size": IMAGE_SIZE,
     "batch_size": count(),
     "crop_scale": several(POSITIVE, 2),
     "crop_ratio": several(POSITIVE, 2),
 }
-MEAN = SHARE | several(SHARE)
-STD = number(0, 1, above=True) | several(number(0, 1, above=True))
+MEAN = number(-1e12, 1e12) | several(number(-1e12, 1e12))  # beyond them and STD, single precision is left
+STD = number(1e-12, 1e12) | several(number(1e-12, 1e12))
 STATISTICS: Section = {
+    "statistics": TEXT | NULL,
     "mean": MEAN,
     "std": STD,
     "on_error": WORD,
@@ -235,12 +239,14 @@ PRETRAIN: Section = {
         "target_downsampling": PIXELS,
     },
     "pictures": count(1000),
+    "picture_channels": CHANNELS | NULL,
     "probe_every_n_epochs": count(EPOCHS) | NULL,
 }
 
 OPTIONAL_MODEL: Section = {key: kind | NULL for key, kind in MODEL.items() if isinstance(kind, Kind)}
 INHERITED: Section = {
     "channels": count(1000) | NULL,
+    "max_value": MAX_VALUE | NULL,
     "image_size": IMAGE_SIZE | NULL,
     "mean": MEAN | NULL,
     "std": STD | NULL,
@@ -311,6 +317,7 @@ RECONSTRUCT: Section = {
     "target": WORD,
     "images": TEXT,
     "count": count(1000),
+    "picture_channels": CHANNELS | NULL,
     "seed": SEED,
     "masking": {"strategy": WORD, "patch_size": PIXELS | NULL, "ratio": RATIO | NULL},
 }
@@ -323,6 +330,7 @@ EMBED: Section = {
     "features": WORD,
     "data": {
         "image_size": IMAGE_SIZE | NULL,
+        "max_value": MAX_VALUE | NULL,
         "mean": MEAN | NULL,
         "std": STD | NULL,
         "batch_size": count(2**16) | NULL,
@@ -338,6 +346,16 @@ STORED: dict[str, Section] = {
     source: {"source": WORD, **{key: kind for key, kind in own.items() if key not in UNREAD}}
     for source, own in SOURCES.items()
     if source != "synthetic"
+}
+
+MEASURE: Section = {
+    **RUN,
+    "data": section_of(
+        SOURCES,
+        "source",
+        {"source": WORD, "channels": count(1000), "max_value": MAX_VALUE, "image_size": IMAGE_SIZE},
+        {"num_workers": WORKERS | NULL, "timeout": POSITIVE},
+    ),
 }
 
 PREPARE: Section = {
@@ -384,6 +402,7 @@ SETTINGS: dict[str, Section] = {
     "pretrain": PRETRAIN,
     "reconstruct": RECONSTRUCT,
     "prepare": PREPARE,
+    "statistics": MEASURE,
     "benchmark": BENCHMARK,
     "report": REPORT,
 }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from simmim.command import Config, image_size_of
+from simmim.data.decoding import EIGHT_BIT
 from simmim.encoders import SIZES, SwinTransformerV2, create_encoder
 from simmim.encoders.weights import check_said, load_encoder_weights, load_head, trained_windows
 from simmim.tasks.classification import Classification
@@ -16,8 +17,8 @@ log = logging.getLogger(__name__)
 USUAL = {"image_size": 192, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """Pixels, and ImageNet's statistics of them, where neither config nor encoder says any."""
 
-VALIDATED = {"test_crop": 0.875, "interpolation": "bicubic"}
-"""How a classifier's images are made, where its file does not say, as that of an encoder without one."""
+VALIDATED = {"test_crop": 0.875, "interpolation": "bicubic", "max_value": EIGHT_BIT}
+"""How images are made where a file does not say, as that of an encoder without classifier, or an older one."""
 
 NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention", "position_bias")
 """What every model must be told."""

@@ -190,19 +190,26 @@ def rank(results: list[Result]) -> dict[int, int]:
     """Places among those that can be compared, 1 is best, by the number of the job.
 
     Accuracy counts where every finished run has one. Else it is the share of the trivial predictor's loss, among runs
-    that hide and predict the same: a loss of another kind, target or masking measures something else. A run that is
-    alone of its kind has no place.
+    that hide and predict the same: a loss of another kind, target or masking measures something else. Runs that differ
+    by their seeds alone share a place, by their mean. What is alone of its kind has none.
     """
     done = [result for result in results if result.done]
-    if done and all(result.accuracy is not None for result in done):
-        ordered = sorted(done, key=lambda result: -(result.accuracy or 0))
-        return {result.job.number: place for place, result in enumerate(ordered, start=1)} if len(done) > 1 else {}
-    kinds: dict[str, list[Result]] = defaultdict(list)
+    judged = bool(done) and all(result.accuracy is not None for result in done)
+    kinds: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in done:
-        kinds[result.task].append(result)
+        settings = {key: value for key, value in given_to(result).items() if key != "seed"}
+        kinds["" if judged else result.task][json.dumps(settings)].append(result)
     places = {}
     for kind in kinds.values():
-        if len(kind) > 1:
-            ordered = sorted(kind, key=lambda result: result.share or float("inf"))
-            places.update({result.job.number: place for place, result in enumerate(ordered, start=1)})
+        ordered = sorted(kind.values(), key=lambda seeds: statistics.mean(_score(one, judged) for one in seeds))
+        for place, seeds in enumerate(ordered if len(ordered) > 1 else [], start=1):
+            places.update({result.job.number: place for result in seeds})
     return places
+
+
+def _score(result: Result, judged: bool) -> float:
+    """The less the better."""
+    if judged:
+        assert result.accuracy is not None
+        return -result.accuracy
+    return float("inf") if result.share is None else result.share

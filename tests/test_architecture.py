@@ -26,6 +26,7 @@ NAMES = (
     "pretrain",
     "reconstruct",
     "report",
+    "statistics",
 )
 COMMANDS = {f"simmim.{name}" for name in NAMES}
 LEVELS = [

@@ -18,8 +18,18 @@ from simmim.training.schedule import lr_factor
 
 GROUPS = ("data", "experiment", "logger", "model", "stage", "sweep", "trainer")
 COMMANDS = (
-    *("benchmark", "consolidate", "embed", "evaluate", "finetune", "plan", "prepare", "pretrain", "reconstruct"),
-    *("inspect", "report"),
+    "benchmark",
+    "consolidate",
+    "embed",
+    "evaluate",
+    "finetune",
+    "inspect",
+    "plan",
+    "prepare",
+    "pretrain",
+    "reconstruct",
+    "report",
+    "statistics",
 )
 SPECIAL = {  # ranges of a sweep for a model, and what Hydra's own groups get
     "sweep/mask/swinv2_mini.yaml",

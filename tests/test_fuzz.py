@@ -40,12 +40,14 @@ VARIANTS = {
     "scratch": ("finetune", ["experiment=debug"]),
     "evaluate": ("evaluate", ["encoder={encoder}", "data.num_workers=0", "trainer=cpu"]),
     "inspect": ("inspect", ["encoder=nowhere"]),
+    "statistics": ("statistics", ["data=folder", "data.root={photos}"]),
     "prepare": ("prepare", ["data.root={photos}", "out=copy"]),
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
 }
 EXAMPLES = {
     "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
-    "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15, "shards": 6, "zip": 5, "hf": 6, "list": 6,
+    "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15, "statistics": 10, "shards": 6, "zip": 5, "hf": 6,
+    "list": 6,
 }  # fmt: skip
 
 VALUES = [

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import statistics
 import sys
+from concurrent.futures import BrokenExecutor
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def type_in(folder, function, *words):
     return 0
 
 
-def reported(folder, sweep, *words, **_):
+def reported(folder, sweep, *words):
     """Rows, and the Markdown."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -121,6 +122,12 @@ def test_what_is_not_installed_is_one_line_with_the_way_out():
     assert explain(type(caught.value)(words), "pretrain") == (
         "hydra/launcher=joblib is not installed: pip install 'simmim[sweep]'"
     )
+
+
+def test_a_job_whose_process_was_killed_is_one_line():
+    killed = pytest.importorskip("joblib.externals.loky.process_executor").TerminatedWorkerError("a\nb")
+    assert isinstance(killed, BrokenExecutor)  # which the command catches
+    assert "resume=auto goes on" in explain(killed, "pretrain")
 
 
 def test_a_sweep_over_masks_is_reported_and_not_ranked_by_its_losses(masks):
@@ -211,6 +218,15 @@ def test_losses_of_another_kind_have_no_common_place(search):
     assert rank(results) == {}
     results[2].config["objective"]["loss"] = "l1"
     assert set(rank(results)) == {0, 2}
+
+
+def test_seeds_share_a_place_by_their_mean(search):
+    """The best single run is of the setting that is worse on the whole."""
+    results = read_results(search / "multirun/s")
+    for result, (rate, loss) in zip(results, [("1", 0.5), ("1", 0.9), ("2", 0.6)], strict=True):
+        result.job.overrides[:] = [f"optimizer.base_lr={rate}", f"seed={loss}"]
+        result.loss, result.trivial = loss, 1.0
+    assert rank(results) == {0: 2, 1: 2, 2: 1}
 
 
 @pytest.mark.parametrize(

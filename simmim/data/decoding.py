@@ -1,7 +1,8 @@
-"""From the bytes of an image file to a uint8 tensor.
+"""From the bytes of an image file to a tensor: uint8 of pictures, float32 of everything with more than 8 bits.
 
 JPEG files that need no turning, most of all images, are decoded by libjpeg-turbo, straight to a tensor. PIL
-decodes everything else, and has the last word on every damaged file.
+decodes all other pictures, and has the last word on every damaged one. Arrays (.npy) and TIFF files whose bands are no
+colours, or have more than 8 bits, are read as they are stored: see `simmim.data.bands`.
 """
 
 import io
@@ -10,18 +11,27 @@ import warnings
 import numpy as np
 import simplejpeg
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from simmim.data.bands import ARRAY_SIGNATURE, Bands, BandsError, open_array, open_tiff
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ARRAY = "NPY"
+"""An array is told by its content too, but lies beside images as often as it is one."""
+
 MAX_PIXELS = 170_000_000  # a satellite scene passes; just below the limit of PIL itself
 HEAD_BYTES = 16  # what `image_format` needs
+EIGHT_BIT = 255
+"""The `data.max_value` of 8-bit images; with any other one pixels have 16 bits or are floats."""
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG_COLOURS = {"YCbCr", "Gray"}  # as stored; the others (CMYK, RGB) are rare, and left to PIL
 _JPEG_START_OF_SCAN = 0xDA
 _JPEG_APP1 = 0xE1  # holds EXIF, or XMP
 _ORIENTATION = 0x0112
+_EXTRA_SAMPLES = 0x0152
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -31,6 +41,7 @@ _SIGNATURES = (
     (b"MM\0*", "TIFF"),
     (b"II+\0", "TIFF"),
     (b"MM\0+", "TIFF"),
+    (ARRAY_SIGNATURE, ARRAY),
 )
 
 
@@ -41,40 +52,46 @@ class UnreadableImage(ValueError):
     """
 
 
-def decode(data: bytes, channels: int) -> Tensor:
+def decode(data: bytes, channels: int, max_value: float = EIGHT_BIT) -> Tensor:
     """Decode an image file, upright.
 
-    The format is told by content. EXIF orientation is applied. Colours become grey as luma (ITU-R 601), grey
-    becomes colour by repetition. Alpha is dropped for 1 and 3 channels, as PIL and torchvision do, not
-    blended with a background; images without alpha are opaque for 4. The full range of 16-bit values
-    becomes 0..255. Of an animation, the first frame is taken.
+    The format is told by content. EXIF orientation is applied. What else happens depends on `max_value`:
+
+    * 255, 8-bit images. Of pictures, colours become grey as luma (ITU-R 601), grey becomes colour by repetition. Alpha
+      is dropped for 1 and 3 channels, as PIL and torchvision do, not blended with a background; images without alpha
+      are opaque for 4. The full range of 16-bit values becomes 0..255. Of an animation, the first frame is taken.
+      Arrays, and TIFF files with bands that are neither colours nor alpha, must be uint8 and have so many bands.
+    * Anything else: 16-bit or float images, of so many bands, as they are stored. Nothing is scaled, clipped or
+      rounded.
 
     Args:
         data: The whole content of the file.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        channels: Of a picture 1 (grey), 3 (RGB) or 4 (RGBA); of bands any number.
+        max_value: The pixel value that counts as 1 (`data.max_value`).
 
     Returns:
-        uint8 tensor (channels, H, W). Its memory is laid out as the decoder left it, mostly channels last.
+        (channels, H, W), uint8 for a `max_value` of 255, else float32. Its memory is laid out as the decoder left it,
+        mostly channels last.
 
     Raises:
-        UnreadableImage: If the data are empty, no image, truncated, damaged, or larger than `MAX_PIXELS`.
-        ValueError: If `channels` is another number.
+        UnreadableImage: If the data are empty, no image, truncated, damaged, or larger than `MAX_PIXELS`; have another
+            number of bands, other kinds of numbers, or pixels that are not finite.
     """
-    if channels not in _MODES:
-        raise ValueError(f"channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels")
     with warnings.catch_warnings():
         # PIL warns of every odd tag and of large sizes; what matters becomes an UnreadableImage.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
-            return _decode(data, channels)
+            return _decode(data, channels, max_value)
         except UnreadableImage:
             raise
+        except BandsError as error:
+            raise UnreadableImage(str(error)) from error
         except Exception as error:  # damaged bytes make decoders raise anything: struct.error, IndexError, …
             raise UnreadableImage(_reason(data, error)) from error
 
 
 def image_format(head: bytes) -> str | None:
-    """Tell the format (one of `FORMATS`) from a file's first `HEAD_BYTES` bytes; None if it is no image."""
+    """Tell the format (one of `FORMATS`, or `ARRAY`) from a file's first `HEAD_BYTES` bytes; None if it is no image."""
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
             return name
@@ -91,13 +108,70 @@ def is_upright_jpeg(data: bytes) -> bool:
     return not _may_be_turned(data) or _open(data).getexif().get(_ORIENTATION, 1) == 1
 
 
-def _decode(data: bytes, channels: int) -> Tensor:
+def _decode(data: bytes, channels: int, max_value: float) -> Tensor:
+    kind = image_format(data[:HEAD_BYTES])
+    if kind == ARRAY:
+        return _as_stored(open_array(data, channels), max_value)
+    if kind == "TIFF" and not (max_value == EIGHT_BIT and _is_picture(data, channels)):
+        with open_tiff(data, channels) as bands:
+            return _as_stored(bands, max_value)
+    if max_value != EIGHT_BIT:
+        return _as_stored(_sixteen_bits(_open(data), channels, max_value), max_value)
+    if channels not in _MODES:
+        name = _open(data).format
+        raise UnreadableImage(
+            f"a {name} is read as 1 (grey), 3 (RGB) or 4 (RGBA) channels, not data.channels={channels}"
+        )
     if channels != 4 and is_upright_jpeg(data):
         try:
             return _decode_jpeg(data, channels)
         except ValueError:
             pass  # PIL knows more kinds, and tells truncated from damaged
     return _decode_with_pil(_open(data), channels)
+
+
+def _is_picture(data: bytes, channels: int) -> bool:
+    """Whether a TIFF is grey or colours, and perhaps alpha, for so many channels; otherwise it holds bands."""
+    if channels not in _MODES:
+        return False
+    try:
+        image = _open(data)
+    except UnidentifiedImageError:
+        return False
+    extra = image.tag_v2.get(_EXTRA_SAMPLES, ())  # type: ignore[attr-defined]
+    pages = getattr(image, "n_frames", 1) if channels == 4 and image.mode == "L" else 1  # four bands, one a page
+    return 0 not in np.atleast_1d(extra) and pages != 4
+
+
+def _as_stored(bands: Bands, max_value: float) -> Tensor:
+    """The pixels of bands, which must be of the kind that `max_value` stands for."""
+    _refuse_bomb(bands.width, bands.height)
+    kinds = ("uint8",) if max_value == EIGHT_BIT else ("uint16", "float32")
+    if bands.dtype.name not in kinds:
+        raise UnreadableImage(
+            f"{bands.dtype.name} pixels, where data.max_value={max_value:g} stands for {' or '.join(kinds)}"
+            + (", and 65535, 1 or what else counts as 1 for others" if max_value == EIGHT_BIT else "")
+        )
+    pixels: NDArray[np.generic] = bands.read()  # (channels, H, W)
+    image = torch.from_numpy(pixels.astype(np.uint8 if max_value == EIGHT_BIT else np.float32))
+    if image.is_floating_point() and not image.isfinite().all():
+        raise UnreadableImage("some pixels are NaN or infinite")
+    return image
+
+
+def _sixteen_bits(image: Image.Image, channels: int, max_value: float) -> Bands:
+    """A 16-bit grey PNG: all that PIL reads with more than 8 bits, besides TIFF."""
+    if not image.mode.startswith("I;16"):
+        raise UnreadableImage(
+            f"a {image.format} read with 8 bits a channel, where data.max_value={max_value:g} stands for 16-bit or "
+            "float pixels: 255 for 8-bit images; convert others to TIFF or .npy"
+        )
+    if channels != 1:
+        raise UnreadableImage(f"1 band, and data.channels={channels}")
+    dtype = np.dtype(np.uint16)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return Bands(image.height, image.width, dtype, lambda: np.asarray(image).astype(dtype)[None])
 
 
 def _open(data: bytes) -> Image.Image:
@@ -142,7 +216,7 @@ def _decode_jpeg(data: bytes, channels: int) -> Tensor:
 
 def _decode_with_pil(image: Image.Image, channels: int) -> Tensor:
     if image.mode in ("I", "F"):
-        raise UnreadableImage("32-bit pixels, whose range is not known: convert them to 8 or 16 bit")
+        raise UnreadableImage("32-bit pixels, whose range is not known: data.max_value=… says what counts as 1")
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # PIL's own conversion to 8 bit clips at 255
@@ -159,7 +233,7 @@ def _reason(data: bytes, error: Exception) -> str:
         return f"{str(error).split(',')[0]}: refused as a decompression bomb"
     name = image_format(data[:HEAD_BYTES])
     if name is None:
-        return f"not an image (none of {', '.join(FORMATS)})"
+        return f"not an image (none of {', '.join((*FORMATS, ARRAY))})"
     if "truncated" in str(error).lower():
         return f"truncated {name}"
     if isinstance(error, UnidentifiedImageError):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simmim.data.decoding import UnreadableImage, decode
+from simmim.data.decoding import EIGHT_BIT, UnreadableImage, decode
 
 log = logging.getLogger(__name__)
 _READERS = 8  # threads, for disks and servers that answer several at once
@@ -32,20 +32,19 @@ class FileSource(ABC):
         names: Relative names, with forward slashes on every system.
         classes: Class names; empty for unlabelled images.
         labels: For each name an index into `classes`, or -1 without classes.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: of pictures 1 (grey), 3 (RGB) or 4 (RGBA), of bands any number.
         key: What the folder is called in messages.
 
     Attributes:
         classes: See above. A subset keeps all of them.
         in_memory: Whether all images are in memory already.
         how_to_label: What to do where labels are needed and there are none.
-
-    Raises:
-        ValueError: For other `channels`.
+        max_value: The pixel value that counts as 1: see `simmim.data.decoding.decode`.
     """
 
     in_memory = False
     how_to_label = "put those of each class into a folder of its own, named after it"
+    max_value: float = EIGHT_BIT
 
     def __init__(
         self,
@@ -57,10 +56,6 @@ class FileSource(ABC):
         channels: int,
         key: str,
     ) -> None:
-        if channels not in (1, 3, 4):
-            raise ValueError(
-                f"data.channels={channels}: image files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels"
-            )
         self.root = root
         self.key = key
         self.channels = channels
@@ -89,14 +84,15 @@ class FileSource(ABC):
         """Read and decode one image.
 
         Returns:
-            uint8 tensor (channels, H, W), and its label: an index into `classes`, or -1 without classes.
+            The image (channels, H, W), uint8 or float32 as `decode` has it, and its label: an index into `classes`, or
+            -1 without classes.
 
         Raises:
             UnreadableImage: If the file cannot be opened or decoded; the message does not name the file.
             ValueError: If the whole folder has gone.
         """
         try:
-            return decode(self.read(index), self.channels), self.label(index)
+            return decode(self.read(index), self.channels, self.max_value), self.label(index)
         except UnreadableImage:
             self.refuse_gone()
             raise
@@ -131,6 +127,12 @@ class FileSource(ABC):
         chosen = copy.copy(self)
         chosen._indices = self._indices[np.asarray(indices, dtype=np.int64)]
         return chosen
+
+    def in_units_of(self, max_value: float) -> Self:
+        """The same images, of the kind that this `max_value` stands for."""
+        same = copy.copy(self)
+        same.max_value = max_value
+        return same
 
 
 def read_file(path: Path) -> bytes:
@@ -180,7 +182,8 @@ class InMemory:
     def load(self, index: int) -> tuple[Tensor, int]:
         """Decode one image. See `FileSource.load`."""
         data = self._place(index).numpy().tobytes()  # empty if it could not be read: asked for again, for the reason
-        return decode(data or self.source.read(index), self.source.channels), self.source.label(index)
+        image = decode(data or self.source.read(index), self.source.channels, self.source.max_value)
+        return image, self.source.label(index)
 
     def label(self, index: int) -> int:
         """Index into `classes`, or -1 without classes."""

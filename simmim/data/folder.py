@@ -10,17 +10,18 @@ from typing import TypeVar
 import numpy as np
 
 from simmim.data.classes import classes_of_folders
-from simmim.data.decoding import HEAD_BYTES, UnreadableImage, image_format
+from simmim.data.decoding import FORMATS, HEAD_BYTES, UnreadableImage, image_format
 from simmim.data.files import FileSource, PackedStrings
 from simmim.data.listings import CLOCK_TICK_NS, cache_file
 from simmim.run_folder import whole_file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ARRAY_SUFFIX = ".npy"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ARRAY_SUFFIX)
 
 Files = TypeVar("Files", bound=FileSource)
 
 log = logging.getLogger(__name__)
-_LISTING_VERSION = "simmim folder listing 1"
+_LISTING_VERSION = "simmim folder listing 2"
 
 
 class FolderSource(FileSource):
@@ -28,21 +29,21 @@ class FolderSource(FileSource):
 
     Where every image lies in a sub-folder of `root`, the first-level folders are the classes, sorted by name,
     or by number where all names are numbers (so that class folders 0 to 999 keep their meaning). Otherwise
-    the images have no labels.
+    the images have no labels. Arrays (.npy) are images where nothing else is: see `without_arrays`.
 
     Args:
         root: The folder; `~` is expanded.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What the folder is called in messages.
 
     Raises:
-        ValueError: If the folder does not exist, is no folder or holds no image; for other `channels`.
+        ValueError: If the folder does not exist, is no folder or holds no image.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, channels: int = 3, key: str = "data.root") -> None:
         folder = Path(root).expanduser()
         require_folder(folder, key)
-        names = PackedStrings.pack(list_images(folder))
+        names = PackedStrings.pack(without_arrays(list_images(folder), f"{key}={folder}"))
         if not len(names):
             raise ValueError(f"{key}={folder} holds no image ({', '.join(s[1:] for s in SUFFIXES)})")
         super().__init__(folder, names, *classes_of_folders(names), channels=channels, key=key)
@@ -75,7 +76,7 @@ class SingleImage(FolderSource):
 
     Args:
         file: The file.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What the file is called in messages.
     """
 
@@ -127,6 +128,19 @@ def list_images(root: Path) -> list[str]:
         if cache and max(folders.values()) < started - CLOCK_TICK_NS:
             _write_listing(cache, names, folders)
     return names
+
+
+def without_arrays(names: list[str], given: str) -> list[str]:
+    """The images among files: arrays (.npy) beside pictures are their features or masks, and left out.
+
+    Args:
+        names: Of files.
+        given: Where they are, for the log, which says so.
+    """
+    pictures = [name for name in names if not name.lower().endswith(ARRAY_SUFFIX)]
+    if 0 < len(pictures) < len(names):
+        log.warning(f"{given}: {len(names) - len(pictures):,} {ARRAY_SUFFIX} files beside images are left out")
+    return pictures or names
 
 
 def require_folder(root: Path, key: str) -> None:
@@ -181,7 +195,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         return True  # a broken link too: better reported when it is loaded than silently missing
     try:
         with open(entry.path, "rb") as file:
-            return image_format(file.read(HEAD_BYTES)) is not None
+            return image_format(file.read(HEAD_BYTES)) in FORMATS
     except OSError:
         return False
 

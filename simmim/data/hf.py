@@ -25,12 +25,12 @@ class HFSource(FileSource):
         image_column: The column of the images; None: the only one of the type `Image`.
         label_column: The column of the labels, of the type `ClassLabel` or whole numbers; None: the only one of the
             type `ClassLabel`, or no labels where there is none.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What `root` is called in messages.
 
     Raises:
         ValueError: If there is no such data set, or several splits; if it is damaged or empty; if a column is missing,
-            of another type, or one of several; if only some rows have a label; for other `channels`; without the
+            of another type, or one of several; if only some rows have a label; without the
             library `datasets`.
     """
 

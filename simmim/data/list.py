@@ -19,12 +19,12 @@ class ListSource(FileSource):
 
     Args:
         root: The list, in UTF-8; `~` is expanded.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What the list is called in messages.
 
     Raises:
         ValueError: If there is no such list, or no text or path in it; if it names a file twice, or none that exists;
-            if only some lines have a class; for other `channels`.
+            if only some lines have a class.
     """
 
     how_to_label = "write a tab and the class behind each path of the list"

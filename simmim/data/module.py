@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from simmim.data.decoding import UnreadableImage
+from simmim.data.decoding import EIGHT_BIT, UnreadableImage
 from simmim.data.files import FileSource, InMemory
 from simmim.data.folder import split_by_hash
 from simmim.data.loader import Notes, WatchedLoader, default_workers
@@ -46,7 +46,7 @@ class ImageSource(Protocol):
         ...
 
     def load(self, index: int) -> tuple[Tensor, int]:
-        """The image as uint8 (C, H, W), and its label or -1. Raises `UnreadableImage`."""
+        """The image (C, H, W), uint8 or float32 by `data.max_value`, and its label or -1. Raises `UnreadableImage`."""
         ...
 
     def label(self, index: int) -> int:
@@ -88,12 +88,16 @@ def create_source(config: dict[str, Any], image_size: tuple[int, int]) -> ImageS
 
 
 def _synthetic(config: dict[str, Any], image_size: tuple[int, int], part: str) -> SyntheticSource:
+    if (max_value := config.get("max_value", EIGHT_BIT)) != EIGHT_BIT:
+        raise ValueError(
+            f"data.max_value={max_value:g}: synthetic images have 8 bits: give {EIGHT_BIT}, or data=folder"
+        )
     seed = {"train": 0, "val": 1}[part]
     return SyntheticSource(config[f"{part}_images"], image_size, channels=config["channels"], seed=seed)
 
 
 def _open_files(config: dict[str, Any], image_size: tuple[int, int], root: str = "root") -> FileSource:
-    files = open_files(config, root)
+    files = open_files(config, root).in_units_of(config.get("max_value", EIGHT_BIT))
     if isinstance(files, ShardSource) and files.short_side < min(image_size):
         log.warning(
             f"data.image_size: {min(image_size)} px out of a copy whose images have {files.short_side} px at most on "
@@ -129,7 +133,7 @@ class ImageSamples(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Image uint8 (C, H, W), label, [(name, reason), ...] of unreadable images, and perhaps a mask bool (h, w).
+        """Image (C, H, W), label, [(name, reason), ...] of unreadable images, and perhaps a mask bool (h, w).
 
         `counts` is false for a sample that only fills a batch up, or stands in for an unreadable one.
         """
@@ -180,7 +184,7 @@ def stack(images: Sequence[Tensor]) -> Tensor:
 
 
 class ImageData(LightningDataModule):
-    """Training and validation batches of uint8 images, labels, and masks where there is a masking.
+    """Training and validation batches of images, uint8 or floats; labels; and masks where there is a masking.
 
     Args:
         sources: Training and validation images.

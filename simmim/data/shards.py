@@ -43,14 +43,14 @@ class ShardSource(PackedSource):
 
     Args:
         root: The copy; `~` is expanded.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What the copy is called in messages.
 
     Attributes:
         short_side: Largest length of the shorter side of an image in pixels.
 
     Raises:
-        ValueError: If there is no whole copy at `root`; for other `channels`.
+        ValueError: If there is no whole copy at `root`.
     """
 
     how_to_label = "prepare a copy of labelled ones"

@@ -13,6 +13,7 @@ An image of a .tar is read where it lies, as often and by as many processes as o
 access: its images are held in memory, compressed as JPEG or PNG compress. Nothing is unpacked to the disk.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from simmim.data.classes import classes_of_names, classes_of_numbers
 from simmim.data.files import free_memory
-from simmim.data.folder import SUFFIXES
+from simmim.data.folder import SUFFIXES, without_arrays
 from simmim.data.listings import KeptListings, Listing
 from simmim.data.packed import PackedSource
 from simmim.data.patterns import ARCHIVES, find_archives
@@ -51,7 +52,7 @@ class TarSource(PackedSource):
             (`train-{000..004}.tar`, `{train,extra}.tar`). `~` is expanded.
         labels: "own": the .cls or .json members, whose numbers from 0 to the largest one, as strings, are the classes;
             without them there are none. "archive": the archive's name, without .tar, is the class of all its images.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What `root` is called in messages.
 
     Attributes:
@@ -59,7 +60,7 @@ class TarSource(PackedSource):
 
     Raises:
         ValueError: If there is no archive; if one is damaged, truncated or without images, or does not fit into
-            memory; if only some images have a label, or a label is none; for other `labels` and `channels`.
+            memory; if only some images have a label, or a label is none; for other `labels`.
     """
 
     how_to_label = (
@@ -144,6 +145,10 @@ def _list_archive(archive: Path, held: bytearray, *, labels: str, key: str) -> t
                 found[suffix][sample] = label
     if not names:
         raise ValueError(f"{key}: {archive} holds no image: {_IMAGES[labels]}")
+    images = set(without_arrays(names, f"{key}: {archive}"))
+    kept = [name in images for name in names]
+    columns = {column: list(itertools.compress(values, kept)) for column, values in columns.items()}
+    names = list(itertools.compress(names, kept))
     numbers = found[".json"] | found[".cls"]
     columns["labels"] = [numbers.get(_split(name)[0], -1) for name in names]
     try:

@@ -1,4 +1,7 @@
-"""What happens to an image before it reaches the encoder: uint8 tensors in, uint8 tensors out."""
+"""What happens to an image before it reaches the encoder: uint8 tensors in, uint8 tensors out; or floats, and floats.
+
+Floats are images of more than 8 bits, in the units of their files: nothing rounds or clips them.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
+
+from simmim.data.decoding import EIGHT_BIT
 
 Transform = Callable[[Tensor], Tensor]
 Box = tuple[int, int, int, int]
@@ -64,6 +69,7 @@ def finetuning_transform(
     erasing: float,
     mean: Sequence[float],
     std: Sequence[float],
+    max_value: float = EIGHT_BIT,
 ) -> Transform:
     """Random crop, resized; horizontal flip; RandAugment or colour jitter; random erasing.
 
@@ -78,16 +84,19 @@ def finetuning_transform(
         color_jitter: Largest change of brightness, contrast and saturation, as a share. Used where there is no
             RandAugment, which has these operations itself; so did timm, and with it the authors.
         erasing: Probability that a rectangle is replaced by noise.
-        mean: Mean of each channel, in units of 0 to 1; the noise has it too, and fills what operations lay bare.
+        mean: Mean of each channel, in units of `max_value`; the noise has it too, and fills what operations lay bare.
         std: Standard deviation of each channel, likewise of the noise.
+        max_value: The pixel value that counts as 1.
 
     Raises:
-        ValueError: If a range is empty or not positive, or the number of channels does not suit RandAugment.
+        ValueError: If a range is empty or not positive, or channels or `max_value` do not suit RandAugment.
     """
     crop = pretraining_transform(image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, interpolation=interpolation)
-    if len(mean) not in (1, 3) and (randaugment is not None or color_jitter):
+    odd = [] if len(mean) in (1, 3) else [f"data.channels={len(mean)}"]
+    odd += [] if max_value == EIGHT_BIT else [f"data.max_value={max_value:g}"]
+    if odd and (randaugment is not None or color_jitter):
         raise ValueError(
-            f"data.channels={len(mean)}: colours are changed in images of 1 or 3 channels alone: give "
+            f"{' '.join(odd)}: colours are changed in 8-bit images of 1 or 3 channels alone: give "
             "augmentation.randaugment=null augmentation.color_jitter=0"
         )
     steps: list[Transform] = [crop]
@@ -97,29 +106,34 @@ def finetuning_transform(
     elif color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     if erasing:
-        steps.append(NoiseErasing(erasing, mean=mean, std=std))
+        steps.append(NoiseErasing(erasing, mean=mean, std=std, max_value=max_value))
     return v2.Compose(steps)  # type: ignore[no-any-return]
 
 
 class NoiseErasing(v2.RandomErasing):  # type: ignore[misc]
-    """Random erasing of uint8 images by noise that is standard normal once the image is normalised.
+    """Random erasing by noise that is standard normal once the image is normalised.
 
     Args:
         probability: Of an image to be touched.
-        mean: Mean of each channel, in units of 0 to 1.
+        mean: Mean of each channel, in units of `max_value`.
         std: Standard deviation of each channel.
+        max_value: The pixel value that counts as 1.
     """
 
-    def __init__(self, probability: float, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, probability: float, *, mean: Sequence[float], std: Sequence[float], max_value: float = EIGHT_BIT
+    ) -> None:
         super().__init__(p=probability, value=0)
+        self.max_value = max_value
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Erases where `RandomErasing` has chosen to."""
         if params["v"] is not None:
-            noise = torch.randn(len(self.mean), params["h"], params["w"]) * self.std + self.mean
-            params = {**params, "v": (255 * noise).round().clamp(0, 255).to(inpt.dtype)}
+            noise = self.max_value * (torch.randn(len(self.mean), params["h"], params["w"]) * self.std + self.mean)
+            value = noise if inpt.is_floating_point() else noise.round().clamp(0, EIGHT_BIT).to(inpt.dtype)
+            params = {**params, "v": value}
         return super().transform(inpt, params)
 
 
@@ -160,7 +174,7 @@ def centre_transform(image_size: tuple[int, int], *, share: float = 1.0, interpo
 
 
 def resized_crop(image: Tensor, box: Box, image_size: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
-    """Cuts a box out of an image (C, H, W) of uint8 and resizes it, antialiased, as PIL does.
+    """Cuts a box out of an image (C, H, W) and resizes it, antialiased, as PIL does.
 
     The crop stays a view in the layout that the decoder left, mostly channels last, which the resizing keeps.
     """
@@ -214,19 +228,23 @@ def _crop_centre(image: Tensor, image_size: tuple[int, int], share: float, inter
     return resized_crop(image, (round((height - h) / 2), round((width - w) / 2), h, w), image_size, interpolation)
 
 
-def per_channel(config: Mapping[str, Any]) -> dict[str, list[float]]:
-    """`mean` and `std` of the data section of a config, one number for each of its `channels`.
+def per_channel(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are normalised by the data section of a config: what a task, and all that stands in for one, is given.
+
+    Returns:
+        `mean` and `std`, one number for each of the config's `channels`; and `max_value`, in units of which they are.
 
     Raises:
         ValueError: If neither one is given, nor one a channel.
     """
     channels: int = config["channels"]
-    statistics = {}
+    statistics: dict[str, Any] = {}
     for key in ("mean", "std"):
         values: list[float] = [config[key]] if isinstance(config[key], int | float) else config[key]
         if len(values) not in (1, channels):
             raise ValueError(
-                f"data.{key}={values} has {len(values)} values for data.channels={channels}: give one, or one a channel"
+                f"data.{key}={values} has {len(values)} values for data.channels={channels}: give one, or one a "
+                "channel (python -m simmim.statistics finds them)"
             )
         statistics[key] = values * (channels // len(values))
-    return statistics
+    return {**statistics, "max_value": config["max_value"]}

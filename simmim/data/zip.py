@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from simmim.data.classes import class_number, classes_of_folders, classes_of_numbers
 from simmim.data.decoding import UnreadableImage
-from simmim.data.folder import SUFFIXES
+from simmim.data.folder import SUFFIXES, without_arrays
 from simmim.data.listings import KeptListings, Listing, is_hidden
 from simmim.data.packed import PackedSource
 
@@ -39,12 +39,12 @@ class ZipSource(PackedSource):
 
     Args:
         root: The .zip; `~` is expanded. The map of `train.zip` is `train_map.txt` beside it.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA): what `load` returns.
+        channels: What `load` returns: see `FileSource`.
         key: What `root` is called in messages.
 
     Raises:
         ValueError: If it is no .zip, damaged, encrypted, compressed by a method other than deflate, or without images;
-            if the map and the zip do not name the same images, or a line of it is none; for other `channels`.
+            if the map and the zip do not name the same images, or a line of it is none.
     """
 
     how_to_label = (
@@ -104,6 +104,8 @@ def _list_zip(file: Path, key: str) -> Listing:
         raise ValueError(f"{key}={file} is damaged, cut, or no zip ({reason}): copy it anew") from error
     if not members:
         raise ValueError(f"{key}={file} holds no image ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
+    images = set(without_arrays([member.filename for member in members], f"{key}={file}"))
+    members = [member for member in members if member.filename in images]
     if locked := next((member for member in members if member.flag_bits & _ENCRYPTED), None):
         raise ValueError(f"{key}={file}: {locked.filename} is encrypted: pack the images anew, without a password")
     methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

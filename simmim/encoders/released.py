@@ -85,7 +85,7 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
         head, classes = _classifier(plain, layout, facts)
     except ValueError as error:
         raise ValueError(f"encoder={file}: {error}") from error
-    about = {key: facts.get(key) for key in ("mean", "std", "test_crop", "interpolation")}
+    about = {key: facts.get(key) for key in ("mean", "std", "max_value", "test_crop", "interpolation")}
     return weights, {
         "origin": layout.library,
         "architecture": "swinv2",

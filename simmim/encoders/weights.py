@@ -42,7 +42,7 @@ UNSAID = {
 }
 """What a file of others may not say, and what to give then."""
 
-OPTIONAL = ("mean", "std", "classes", "test_crop", "interpolation")
+OPTIONAL = ("mean", "std", "max_value", "classes", "test_crop", "interpolation")
 """What older files do not say."""
 
 
@@ -53,6 +53,7 @@ def save_encoder(
     image_size: tuple[int, int],
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    max_value: float | None = None,
     weights: Mapping[str, Tensor] | None = None,
     head: Mapping[str, Tensor] | None = None,
     classes: Sequence[str] | None = None,
@@ -68,8 +69,9 @@ def save_encoder(
         encoder: What to save.
         path: The file, in a folder that exists.
         image_size: Height and width in pixels that the encoder was trained at.
-        mean: Of each image channel, in units of 0 to 1, as the images were normalised with; None where unknown.
+        mean: Of each image channel, in units of `max_value`, as the images were normalised with; None where unknown.
         std: Standard deviation of each image channel, likewise.
+        max_value: The pixel value that counts as 1; None where unknown, as in older files, which means 255.
         weights: Its state dict, where it is spread over processes; None takes the encoder's own.
         head: State dict of a linear classifier that stands on it, kept below `head.`.
         classes: Names of the classes that it tells apart.
@@ -84,6 +86,7 @@ def save_encoder(
         "windows": json.dumps(encoder.windows(*image_size)),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
+        "max_value": json.dumps(max_value),
         "classes": json.dumps(classes),
         "test_crop": json.dumps(test_crop),
         "interpolation": json.dumps(interpolation),
@@ -176,9 +179,9 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         The state dict, on the CPU, and the metadata: `origin`, "simmim" or who else named the weights; `architecture`;
         `config`, the arguments of `SwinTransformerV2`, with None for a window that others do not say; `image_size` in
         pixels and `windows` of each stage in tokens, [height, width] each; `mean` and `std` of each image channel, in
-        units of 0 to 1; None where unknown; `head` and `classes` of the classifier, `test_crop` and `interpolation` of
-        its validation, None where there is none. Of a file of others: `decoder`, the linear layer that predicts pixels
-        in SimMIM, or None; `notes`, what was left out or added, in words.
+        units of `max_value`; None where unknown; `head` and `classes` of the classifier, `test_crop` and
+        `interpolation` of its validation, None where there is none. Of a file of others: `decoder`, the linear layer
+        that predicts pixels in SimMIM, or None; `notes`, what was left out or added, in words.
 
     Raises:
         ValueError: If there are no weights of a Swin Transformer V2, they are damaged, or could run code.
@@ -337,6 +340,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "windows": windows,
         "mean": settings.get("mean"),
         "std": settings.get("std"),
+        "max_value": settings.get("max_value"),
         "head": head,
         "classes": settings.get("classes"),
         **{key: settings.get("preprocessing", {}).get(key) for key in ("test_crop", "interpolation")},

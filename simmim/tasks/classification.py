@@ -62,7 +62,7 @@ class ImageClassifier(nn.Module):
 
 
 class Classification(Task):
-    """Trains an `ImageClassifier` on batches of uint8 images and their labels.
+    """Trains an `ImageClassifier` on batches of images and their labels.
 
     Args:
         model: Arguments of `create_encoder`.

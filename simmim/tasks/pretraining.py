@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simmim.data.decoding import EIGHT_BIT
 from simmim.encoders import SwinTransformerV2, create_encoder
 from simmim.masking import expand_mask
-from simmim.pictures import four_panels
+from simmim.pictures import RANGE, choose_channels, four_panels, stretch
 from simmim.targets import denormalize_locally, normalize_locally
 from simmim.tasks.task import Task
 
@@ -160,7 +161,7 @@ class MaskedImageModel(nn.Module):
 
 
 class Pretraining(Task):
-    """Trains a `MaskedImageModel` on batches of uint8 images and their masks.
+    """Trains a `MaskedImageModel` on batches of images and their masks.
 
     Args:
         model: Arguments of `create_encoder`.
@@ -205,19 +206,43 @@ class Pretraining(Task):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features of uint8 images (B, c, H, W): (B, C)."""
+        """Pooled features of images (B, c, H, W): (B, C)."""
         return self.best.pooled(self.normalize(images))  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def panels(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Original, masked, reconstruction and both pasted, of uint8 images (see `simmim.pictures.four_panels`)."""
-        normalized = self.normalize(images)
-        predicted = self.best.reconstruct(normalized, mask)
-        return four_panels(images / 255, self.denormalize(predicted), mask)
+    @property
+    def photographs(self) -> bool:
+        """Whether images are 8-bit grey or colours, which a picture shows as they are."""
+        return self.max_value == EIGHT_BIT and self.network.in_channels in (1, 3, 4)
 
-    def caption(self, *, ratio: float, patch_size: int) -> str:
-        """What must be said below a picture of `panels`, for the masking that it shows."""
+    @torch.no_grad()
+    def panels(self, images: Tensor, mask: Tensor, channels: list[int] | None = None) -> Tensor:
+        """Original, masked, reconstruction and both pasted, of images as a source gives them.
+
+        Args:
+            images: (B, c, H, W).
+            mask: Boolean (B, h, w) cells, True is hidden.
+            channels: Those that are shown; None for the usual ones. See `simmim.pictures.choose_channels`.
+
+        Returns:
+            (B, 4, channels, H, W) between 0 and 1: see `simmim.pictures.four_panels`. Where they are no
+            photographs, stretched.
+        """
+        predicted = self.denormalize(self.best.reconstruct(self.normalize(images), mask))
+        original = images / self.max_value
+        if channels is not None or not self.photographs:
+            shown = choose_channels(self.network.in_channels, channels)
+            original, predicted = original[:, shown], predicted[:, shown]
+        if not self.photographs:
+            original, predicted = stretch(original, original), stretch(predicted, original)
+        return four_panels(original, predicted.clamp(0, 1), mask)
+
+    def caption(self, *, ratio: float, patch_size: int, channels: list[int] | None = None) -> str:
+        """What must be said below a picture of `panels`, for the masking and the channels that it shows."""
         parts = [f"{ratio:.0%} of the {patch_size}-px cells hidden"]
+        if not self.photographs:
+            shown = ", ".join(map(str, choose_channels(self.network.in_channels, channels)))
+            low, high = (f"{100 * share:.0f}" for share in RANGE)
+            parts.append(f"channels {shown}, each from percentile {low} to {high} of the original")
         if self.network.predict == "hidden":
             parts.append("what is predicted for visible cells was never trained")
         if self.network.target_window is not None:
@@ -225,8 +250,8 @@ class Pretraining(Task):
         return "; ".join(parts)
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Undoes `normalize`, to floats between 0 and 1."""
-        return (images * self.std + self.mean).clamp(0, 1)
+        """Undoes `normalize`, to floats in units of `max_value`."""
+        return images * self.std + self.mean
 
 
 def _choose(key: str, value: str, options: list[str]) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from simmim.data.decoding import EIGHT_BIT
 from simmim.seeding import derive_seed
 from simmim.training.optimizer import clip_gradients, create_optimizer, follow
 from simmim.training.schedule import create_schedule
@@ -16,7 +17,7 @@ from simmim.training.sharding import ShardedStrategy, fill
 
 
 class Task(LightningModule):
-    """Trains a network whose `forward` returns the loss of a batch of uint8 images.
+    """Trains a network whose `forward` returns the loss of a batch of images.
 
     A subclass says what the network is given (`loss`) and how it is validated. Its own arguments are plain numbers,
     strings, lists and dicts: a checkpoint rebuilds the task from itself.
@@ -25,8 +26,9 @@ class Task(LightningModule):
         create: Makes the network, a `simmim.training.sharding.Shardable`; called on the meta device.
         optimizer: Arguments of `create_optimizer`.
         schedule: Arguments of `create_schedule`.
-        mean: Mean of each image channel, in units of 0 to 1.
-        std: Standard deviation of each image channel.
+        mean: Mean of each image channel, in units of `max_value`.
+        std: Standard deviation of each image channel, likewise.
+        max_value: The pixel value that counts as 1; checkpoints of old, which do not say, are of 8-bit images.
         ema_decay: How much of itself a running average of the weights keeps at each step; the average is what is
             validated, shown and published. None for none.
         seed: Seeds the initial values, and the random numbers of every step.
@@ -50,6 +52,7 @@ class Task(LightningModule):
         optimizer: dict[str, Any],
         schedule: dict[str, Any],
         ema_decay: float | None,
+        max_value: float = EIGHT_BIT,
     ) -> None:
         super().__init__()
         with torch.device("meta"):
@@ -60,6 +63,7 @@ class Task(LightningModule):
         self.ema_decay = ema_decay
         self.optimizer = optimizer
         self.schedule = schedule
+        self.max_value = max_value
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.seed = seed
@@ -130,5 +134,5 @@ class Task(LightningModule):
             follow(self.average.parameters(), self.network.parameters(), decay=self.ema_decay, step=self.global_step)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, c, H, W) to floats of zero mean and unit deviation, on their device."""
-        return (images.float() / 255 - self.mean) / self.std
+        """Images (B, c, H, W), uint8 or floats, to floats of zero mean and unit deviation, on their device."""
+        return (images.float() / self.max_value - self.mean) / self.std

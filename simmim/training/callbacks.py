@@ -102,10 +102,14 @@ class Reconstructions(Callback):
         folder: Where to.
         batch: The images and masks to show, from `simmim.data.module.fixed_batch`.
         steps_per_epoch: Optimizer steps that count as an epoch.
+        channels: Those that are shown; None for the usual ones.
     """
 
-    def __init__(self, folder: Path, batch: dict[str, Any], *, steps_per_epoch: int) -> None:
+    def __init__(
+        self, folder: Path, batch: dict[str, Any], *, steps_per_epoch: int, channels: list[int] | None = None
+    ) -> None:
         self.folder = folder
+        self.channels = channels
         self.batch = batch
         self.steps_per_epoch = steps_per_epoch
 
@@ -113,10 +117,10 @@ class Reconstructions(Callback):
         """Reconstructs, draws, and hands the picture to the loggers."""
         images, mask = (self.batch[key].to(pl_module.device) for key in ("image", "mask"))
         with trainer.precision_plugin.forward_context():
-            panels = pl_module.panels(images, mask)
+            panels = pl_module.panels(images, mask, self.channels)
         path = self.folder / f"epoch_{math.ceil(trainer.global_step / self.steps_per_epoch):04d}.png"
         masking = pl_module.hparams["masking"]
-        caption = pl_module.caption(ratio=masking["ratio"], patch_size=masking["patch_size"])
+        caption = pl_module.caption(ratio=masking["ratio"], patch_size=masking["patch_size"], channels=self.channels)
         if not trainer.is_global_zero:
             return
         try:

@@ -18,7 +18,7 @@ from simmim.training.ranks import total_over_ranks
 
 log = logging.getLogger(__name__)
 
-BEFORE = {"model.position_bias": "log_cpb"}
+BEFORE = {"model.position_bias": "log_cpb", "max_value": 255}
 """What older checkpoints, which do not hold a setting, were trained with."""
 
 
@@ -233,7 +233,8 @@ def refuse_changed_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     """
     saved = load_rest(checkpoint)["hyper_parameters"]
     for section in (key for key in settings if key != "schedule"):
-        before, now = BEFORE | _flat(section, saved.get(section)), _flat(section, settings[section])
+        before = BEFORE | (_flat(section, saved[section]) if section in saved else {})
+        now = _flat(section, settings[section])
         for key in now:
             if before.get(key) != now[key]:
                 raise ValueError(

@@ -234,8 +234,6 @@ def test_roots_without_images_are_refused_in_one_line(root):
     file = add(root / "1.png")
     with pytest.raises(ValueError, match=f"^data.root={file} is not a folder"):
         FolderSource(file)
-    with pytest.raises(ValueError, match="channels=14"):
-        FolderSource(root, channels=14)
 
 
 def test_a_real_dirty_folder(shared_data):

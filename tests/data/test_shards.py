@@ -258,7 +258,7 @@ def test_bombs_are_refused_by_size_wherever_images_come_from(tmp_path, kind):
     for load in (folder.load, shards.load, InMemory(folder).load, lambda _: shrink(huge(kind), 256, 90)):
         with pytest.raises(UnreadableImage, match=r"refused as a decompression bomb"):
             load(0)
-    task = SimpleNamespace(network=SimpleNamespace(in_channels=3), hparams={"image_size": (32, 32)})
+    task = SimpleNamespace(network=SimpleNamespace(in_channels=3), max_value=255, hparams={"image_size": (32, 32)})
     with pytest.raises(ValueError, match=r"^images=.*refused as a decompression bomb"):
         load_images(tmp_path / name, task, 1)
     assert tracemalloc.get_traced_memory()[1] < 2**24

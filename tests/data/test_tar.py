@@ -174,8 +174,6 @@ def test_roots_without_archives_are_one_line(tmp_path):
     )
     with pytest.raises(ValueError, match=r"^data\.val_root=.*none\.tar does not exist"):
         TarSource(tmp_path / "none.tar", key="data.val_root")
-    with pytest.raises(ValueError, match=r"^data\.channels=2"):
-        TarSource(tmp_path, channels=2)
 
 
 def test_json_labels(tmp_path, ending):
