@@ -165,11 +165,12 @@ def run_page(page, folder, capsys):
         elif block.kind == "bash" and block.mark != "typed":
             for words in block.commands:
                 name, overrides = simmim_words(words)
+                with contextlib.chdir(folder):
+                    added = [] if block.mark in ("refused", "composed") else smaller(name, overrides)
                 if block.mark == "composed":
                     composed(name, overrides)
                     continue
                 assert words[:2] == ["python", "-m"], where
-                added = [] if block.mark == "refused" else smaller(name, overrides)
                 code, said = type_in(name, [*overrides, *added], folder, capsys)
                 assert (code != 0) == (block.mark == "refused"), f"{where}: {shlex.join(words)}\n{said}"
                 refusal = said if block.mark == "refused" else None

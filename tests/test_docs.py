@@ -10,6 +10,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from documented import run_page
@@ -46,6 +47,10 @@ def reader(tmp_path):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         for image in pictures:
             archive.write(image, image.name)
+    (tmp_path / "scenes").mkdir()
+    for number in range(4):
+        scene = np.random.default_rng(number).integers(0, 10000, (48, 64, 13), dtype=np.uint16)
+        np.save(tmp_path / "scenes" / f"{number}.npy", scene)
     (tmp_path / "images.txt").write_text("".join(f"photos/{image.name}\n" for image in pictures))
     for number in range(2):
         with tarfile.open(tmp_path / f"train-{number:03}.tar", "w") as archive:

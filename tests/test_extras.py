@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import simmim
+from simmim.data.bands import open_tiff
 from simmim.data.hf import HFSource
 from simmim.feature_files import check_out
 from simmim.measuring.peers import create_peer
@@ -94,6 +95,7 @@ def data_set(folder):
 ABSENT = {
     "pyarrow": ("parquet", lambda folder: check_out(folder / "features.parquet")),
     "datasets": ("hf", lambda folder: HFSource(data_set(folder))),
+    "tifffile": ("tiff", lambda folder: open_tiff(b"", 3).__enter__()),
     "timm": ("timm", lambda folder: create_peer("timm", None, (32, 32))),
     "transformers": ("hf", lambda folder: create_peer("transformers", None, (32, 32))),
 }
