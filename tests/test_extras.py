@@ -115,4 +115,5 @@ def test_a_library_that_is_absent_is_one_line_with_its_extra(library, tmp_path, 
 def test_every_optional_library_has_been_seen_absent():
     optional = {module for wanted in OPTIONAL.values() for module in provided(wanted)}
     used = {module for _, module, _ in imports() if module in optional}
+    used.remove("onnxruntime")  # without it an export is written, and says that it was not verified: test_export.py
     assert used == set(ABSENT), "a line of ABSENT for each library that simmim/ imports"
