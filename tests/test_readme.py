@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from documented import blocks, composed, simmim_words, smaller, type_in
 
+from simmim.command import save_config
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -35,8 +37,12 @@ def test_the_chain_runs_as_it_stands(tmp_path, capsys):
     assert len(features) == len(pictures) > 0 and features.ndim == 2
 
 
-def test_every_command_composes():
+def test_every_command_composes(tmp_path, monkeypatch):
     """With its keys, choices and kinds of values: what a renamed setting would leave behind."""
+    monkeypatch.chdir(tmp_path)
+    measured = tmp_path / "outputs/statistics/scenes/statistics.yaml"  # of the command before
+    measured.parent.mkdir(parents=True)
+    save_config({"channels": 13, "max_value": 10000, "mean": [0.2] * 13, "std": [0.1] * 13}, measured)
     seen = [name for block in blocks(README) if block.kind == "bash" for name, words in commands(block)
             if composed(name, words)]  # fmt: skip
     assert len(seen) > 20
