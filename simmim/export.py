@@ -12,7 +12,7 @@ from simmim.data.excerpt import read_excerpt
 from simmim.data.synthetic import SyntheticSource
 from simmim.data.transforms import centre_transform
 from simmim.exporting import FORMATS
-from simmim.exporting.format import Format
+from simmim.exporting.format import Format, check_version
 from simmim.exporting.model import Model, open_model
 from simmim.exporting.model_card import CARD, Origin, card_of, find_run
 from simmim.exporting.verification import read_back, verify
@@ -40,6 +40,7 @@ def export(config: Config) -> Path:
     form, out, path = find_format(config["format"]), Path(config["out"]).expanduser(), Path(config["encoder"])
     card = check_out(out, form)
     model = open_model(path, usual=USUAL | VALIDATED, with_decoder=form.with_decoder)
+    check_version(model, form)
     images, words = images_of(model, config["images"])
     run = find_run(path)
     origin = Origin(str(path), read_config(run / "config.yaml") if run else None, run, config["license"])

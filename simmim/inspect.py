@@ -14,6 +14,7 @@ from torch import Tensor
 from simmim.checkpoint_files import load_rest
 from simmim.command import Config, command
 from simmim.encoders import SIZES
+from simmim.encoders.swinv2 import V2
 from simmim.encoders.tensor_files import is_safetensors
 from simmim.encoders.weights import find_encoder_file, read_encoder_weights, trained_windows, unsaid
 from simmim.run_folder import list_checkpoints, shown, step_of
@@ -85,20 +86,24 @@ def _encoder(weights: dict[str, Tensor], known: dict[str, Any]) -> list[str]:
 def _published(config: dict[str, Any]) -> str:
     """The name of the published size."""
     for name, size in SIZES.items():
-        if all(config[key] == (list(value) if isinstance(value, tuple) else value) for key, value in size.items()):
+        shape = {key: list(value) if isinstance(value, tuple) else value for key, value in size.items()}
+        if all(config[key] == value for key, value in shape.items() if key != "position_bias"):
             return name
-    return "a Swin Transformer V2 of no published size"
+    return "a Swin Transformer of no published size"
 
 
 def _training(known: dict[str, Any]) -> list[str]:
     config, size, windows = known["config"], known["image_size"], known["windows"]
     trained = trained_windows(known)
     seen = _listed(map(_by, windows)) if windows else config["window_size"]
+    version = {key: config[key] for key in ("norm", "attention_similarity")}
     lines = [
         f"at {f'{_by(size)} px' if size else 'an unknown image size'}, "
         f"{f'windows of {seen} tokens' if seen else 'with unknown windows'}",
         f"position bias {config['position_bias']}",
     ]
+    if not version.items() <= V2.items():
+        lines.append(", ".join(f"{key} {value}" for key, value in version.items()))
     if config["position_bias"] != "table":
         counted = f"windows of {_listed(map(_by, trained))} tokens" if trained else "windows that are unknown"
         lines[1] += f", which counts in {counted}"

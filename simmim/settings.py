@@ -127,7 +127,9 @@ MODEL: Section = {
     "patch_size": PIXELS,
     "drop_path": number(),
     "attention": WORD,
-    "position_bias": WORD,
+    "position_bias": WORD | NULL,
+    "norm": WORD | NULL,
+    "attention_similarity": WORD | NULL,
 }
 
 MAX_VALUE = number(1e-12, 1e12)

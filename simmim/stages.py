@@ -20,10 +20,10 @@ USUAL = {"image_size": 192, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224,
 VALIDATED = {"test_crop": 0.875, "interpolation": "bicubic", "max_value": EIGHT_BIT}
 """How images are made where a file does not say, as that of an encoder without classifier, or an older one."""
 
-NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention", "position_bias")
+NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention")
 """What every model must be told."""
 
-PUBLISHED = ("embed_dim", "depths", "num_heads", "extra_norm_every")
+PUBLISHED = ("embed_dim", "depths", "num_heads", "extra_norm_every", "position_bias", "norm", "attention_similarity")
 """What the name of a published size says."""
 
 

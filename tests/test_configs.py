@@ -45,13 +45,26 @@ SPECIAL = {  # ranges of a sweep for a model, and what Hydra's own groups get
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 # Typed from the published tables. lr at the global batch it is given for.
+B_800 = {"batch": 2048, "lr": 4e-4, "epochs": 800, "window": 12, "drop_path": 0.1, "target": "normalized"}
 RECIPES = {
-    "simmim_swinv2_t_800ep": {"batch": 2048, "lr": 4e-4},
-    "simmim_swinv2_s_800ep": {"batch": 2048, "lr": 4e-4},
-    "simmim_swinv2_b_800ep": {"batch": 2048, "lr": 4e-4},
-    "simmim_swinv2_l_800ep": {"batch": 2048, "lr": 4e-4},
-    "simmim_swinv2_h_800ep": {"batch": 2048, "lr": 4e-4},
-    "simmim_swinv2_g": {"batch": 9216, "lr": 1.4e-3},
+    "simmim_swin_b_100ep": {**B_800, "lr": 8e-4, "epochs": 100, "window": 6, "drop_path": 0, "target": "raw"},
+    "simmim_swin_b_800ep": {**B_800, "window": 6, "drop_path": 0, "target": "raw"},
+    "simmim_swin_l_800ep": {**B_800, "drop_path": 0, "target": "raw"},
+    "simmim_swinv2_t_800ep": B_800,
+    "simmim_swinv2_s_800ep": B_800,
+    "simmim_swinv2_b_800ep": B_800,
+    "simmim_swinv2_l_800ep": B_800,
+    "simmim_swinv2_h_800ep": B_800,
+    "simmim_swinv2_g": {**B_800, "batch": 9216, "lr": 1.4e-3, "epochs": 20, "drop_path": 0, "target": "raw"},
+}
+
+# Fine-tuning on ImageNet-1K: image, window, layer decay, drop path.
+TUNED = {
+    "finetune_swin_b_100ep_192": (192, 6, 0.9, 0.1),
+    "finetune_swin_b_100ep_224": (224, 7, 0.9, 0.1),
+    "finetune_swin_b_800ep": (224, 7, 0.8, 0.1),
+    "finetune_swin_l_800ep": (224, 14, 0.7, 0.2),
+    "finetune_swinv2_b_800ep": (224, 14, 0.75, 0.1),
 }
 
 
@@ -157,26 +170,25 @@ def test_recipes_hold_the_published_numbers(name):
     assert config["optimizer"]["base_lr"] * length.images_per_step / 512 == pytest.approx(published["lr"])
     assert config["optimizer"]["betas"] == [0.9, 0.999]
     assert config["optimizer"]["eps"] == 1e-8
-    assert (config["data"]["image_size"], config["model"]["window_size"]) == (192, 12)
+    assert (config["data"]["image_size"], config["model"]["window_size"]) == (192, published["window"])
+    assert config["trainer"]["max_epochs"] == published["epochs"]
+    assert config["model"]["drop_path"] == published["drop_path"]
+    assert config["objective"]["target"] == published["target"]
     assert config["masking"] == {"strategy": "random", "patch_size": 32, "ratio": 0.6}
     assert config["data"]["crop_scale"] == [0.67, 1.0]
     assert config["data"]["crop_ratio"] == pytest.approx([3 / 4, 4 / 3])
     assert (config["objective"]["loss"], config["objective"]["head"]) == ("l1", "linear")
     assert (config["objective"]["predict"], config["objective"]["target_downsampling"]) == ("hidden", 1)
     assert (config["data"]["mean"], config["data"]["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    assert config["model"]["name"] == name.removeprefix("simmim_").removesuffix("_800ep")
+    assert config["model"]["name"] == re.sub(r"simmim_|_\d+ep", "", name)
     if name == "simmim_swinv2_g":
-        assert config["trainer"]["max_epochs"] == 20
         assert config["optimizer"]["weight_decay"] == 0.1
         assert config["optimizer"]["clip_grad_norm"] == 100
         assert config["schedule"]["warmup_steps"] == 30_000
-        assert config["objective"]["target"] == "raw"
     else:
-        assert config["trainer"]["max_epochs"] == 800
         assert config["optimizer"]["weight_decay"] == 0.05
         assert config["optimizer"]["clip_grad_norm"] == 5
-        assert config["model"]["drop_path"] == 0.1
-        assert (config["objective"]["target"], config["objective"]["target_window"]) == ("normalized", 47)
+        assert config["objective"]["target_window"] == 47
         schedule = {
             "name": config["schedule"]["name"],
             "warmup_steps": length.steps(config["schedule"]["warmup_epochs"]),
@@ -186,8 +198,29 @@ def test_recipes_hold_the_published_numbers(name):
         }
         epoch = length.steps_per_epoch
         assert schedule["warmup_steps"] == 10 * epoch
-        factors = [lr_factor(at * epoch, **schedule) for at in (5, 10, 699.9, 700.1, 799)]
-        assert factors == pytest.approx([0.5, 1, 1, 0.1, 0.1], rel=1e-3)
+        if published["epochs"] == 100:  # a cosine to 4e-5
+            assert published["lr"] * lr_factor(length.total_steps, **schedule) == pytest.approx(4e-5)
+            assert lr_factor(55 * epoch, **schedule) == pytest.approx((1 + 0.05) / 2)
+        else:
+            factors = [lr_factor(at * epoch, **schedule) for at in (5, 10, 699.9, 700.1, 799)]
+            assert factors == pytest.approx([0.5, 1, 1, 0.1, 0.1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_recipes_of_fine_tuning_hold_the_published_numbers(name):
+    image_size, window, layer_decay, drop_path = TUNED[name]
+    config = config_of(f"experiment={name}", "data.root=photos", "encoder=run", command="finetune")
+    length = run_length(config, 1_281_167)
+    assert length.images_per_step == 2048
+    assert config["optimizer"]["base_lr"] * 2048 / 512 == pytest.approx(5e-3)
+    assert (config["data"]["image_size"], config["model"]["window_size"]) == (image_size, window)
+    assert (config["optimizer"]["layer_decay"], config["model"]["drop_path"]) == (layer_decay, drop_path)
+    assert (config["trainer"]["max_epochs"], config["schedule"]["warmup_epochs"]) == (100, 20)
+    assert (config["schedule"]["name"], config["optimizer"]["weight_decay"]) == ("cosine", 0.05)
+    augmentation = {"randaugment": 9, "color_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "switch": 0.5}
+    assert config["augmentation"] == augmentation
+    assert (config["label_smoothing"], config["data"]["interpolation"]) == (0.1, "bicubic")
+    assert config["model"]["name"] is None  # the encoder's
 
 
 def test_recipe_headers_say_what_a_reader_needs():

@@ -1,5 +1,7 @@
-"""Scaled cosine attention within windows (Swin Transformer V2, arXiv 2111.09883, section 3.3, equation 2).
+"""Attention within windows, by scaled cosines or by dot products.
 
+The first is Swin Transformer V2's (arXiv 2111.09883, section 3.3, equation 2), the second Swin Transformer's (arXiv
+2103.14030, section 3.2, equation 4).
 Several implementations of one function stand behind `window_attention`: "reference" spells the formula out and is
 what the others are tested against. Queries, keys and values come with their channels first and the tokens of all
 windows last: a matrix product writes them so, every step reads memory in order, and no head has to be cut out.
@@ -10,7 +12,7 @@ window's height and width in tokens, T = h * w; in sequential attention, m matri
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,57 +40,89 @@ ALL = slice(None)
 Window = tuple[int, int]
 
 
+class Similarity(NamedTuple):
+    """What makes a logit of a query and a key, before anything is added."""
+
+    cosine: bool
+    """Whether their lengths are left out."""
+    scale: Tensor
+    """(n,), what the cosine or dot product is multiplied by."""
+
+    @classmethod
+    def of(cls, log_scale: Tensor | None, table: Tensor, channels: int) -> "Similarity":
+        """The scaled cosine; without a scale the dot product of so many channels over their root."""
+        if log_scale is None:
+            return cls(cosine=False, scale=table.new_full((len(table),), channels**-0.5))
+        return cls(cosine=True, scale=log_scale.flatten().clamp(max=MAX_LOG_SCALE).exp())
+
+    def operands(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """What to multiply for the logits: (..., n, T, d) each, in their own precision."""
+        scale = self.scale[:, None, None]
+        if self.cosine:
+            return _unit(query, scale), _unit(key)
+        return (_promoted(query) * scale).to(query.dtype), key
+
+
 def window_attention(
     qkv: Tensor,
     *,
-    log_scale: Tensor,
+    log_scale: Tensor | None,
     table: Tensor,
     geometry: Geometry,
     implementation: str,
 ) -> Tensor:
-    """Attention by the cosine between query and key, with a learnt temperature a head.
+    """Attention by the cosine between query and key, with a learnt temperature a head; or by their dot product.
 
     Args:
         qkv: Queries, keys and values: (3, n, d, W, T).
-        log_scale: (n, 1, 1), logarithm of the scale, clamped to ln 100.
-        table: (n, 2h - 1, 2w - 1), added to the scaled cosines by the offset between the tokens.
+        log_scale: (n, 1, 1), logarithm of the cosine's scale, clamped to ln 100; None for the dot product, whose scale
+            is 1 / sqrt(d).
+        table: (n, 2h - 1, 2w - 1), added to the scaled similarities by the offset between the tokens.
         geometry: The windows.
         implementation: "auto" or a key of `IMPLEMENTATIONS`.
 
     Returns:
         (n, d, W, T) in the precision of qkv.
     """
-    scale = log_scale.flatten().clamp(max=MAX_LOG_SCALE).exp()
+    similarity = Similarity.of(log_scale, table, qkv.shape[2])
     attend = IMPLEMENTATIONS[resolve_implementation(implementation, qkv.device)]
-    return attend(qkv, scale, table, geometry.window, geometry.regions)
+    return attend(qkv, similarity, table, geometry.window, geometry.regions)
 
 
-def reference_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+def reference_attention(
+    qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
+) -> Tensor:
     """The formula as it stands: softmax(scale * cos(query, key) + bias) value, up to the softmax in fp32."""
     query, key, value = qkv.permute(0, 3, 1, 4, 2)  # (W, n, T, d)
     with torch.autocast(qkv.device.type, enabled=False):
-        cosine = _unit(_promoted(query)) @ _unit(_promoted(key)).transpose(-2, -1)  # (W, n, T, T)
+        query, key = _promoted(query), _promoted(key)
+        if similarity.cosine:
+            query, key = _unit(query), _unit(key)
+        products = query @ key.transpose(-2, -1)  # (W, n, T, T)
         bias = _bias(table, window, regions)  # (1 or N, n, T, T)
-        logits = cosine.view(-1, *bias.shape) * scale[:, None, None] + bias
-        probabilities = logits.softmax(dim=-1).view_as(cosine).to(value.dtype)
+        logits = products.view(-1, *bias.shape) * similarity.scale[:, None, None] + bias
+        probabilities = logits.softmax(dim=-1).view_as(products).to(value.dtype)
     x: Tensor = probabilities @ value  # (W, n, T, d)
     return x.permute(1, 3, 0, 2)
 
 
-def sdpa_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+def sdpa_attention(
+    qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
+) -> Tensor:
     """The same through PyTorch's `scaled_dot_product_attention`, whose fused kernels take one batch dimension."""
     query, key, value = qkv.permute(0, 3, 1, 4, 2)
     bias = _bias(table, window, regions)
     query, key, joined = (  # windows with a bias each become heads, so that the images share it
-        x.reshape(-1, math.prod(bias.shape[:2]), *x.shape[2:])
-        for x in (_unit(query, scale[:, None, None]), _unit(key), value)
+        x.reshape(-1, math.prod(bias.shape[:2]), *x.shape[2:]) for x in (*similarity.operands(query, key), value)
     )
     bias = bias.flatten(0, 1).to(value.dtype)[None]
     x = F.scaled_dot_product_attention(query, key, joined, attn_mask=bias, scale=1.0)
     return x.reshape(value.shape).permute(1, 3, 0, 2)
 
 
-def flex_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+def flex_attention(
+    qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
+) -> Tensor:
     """The same through PyTorch's FlexAttention: the bias is read from its table, and no T x T matrix is stored.
 
     On a GPU it is compiled to one kernel; on a CPU it serves the tests, in as much memory as the reference.
@@ -107,20 +141,22 @@ def flex_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, re
     if not qkv.is_cuda and qkv.requires_grad:
         raise ValueError("model.attention=flex trains on a GPU only: give model.attention=auto")
     attend = _compiled_flex() if qkv.is_cuda else flex
-    x: Tensor = attend(_unit(query, scale[:, None, None]), _unit(key), value, score_mod=biased, scale=1.0)
+    x: Tensor = attend(*similarity.operands(query, key), value, score_mod=biased, scale=1.0)
     return x.permute(1, 3, 0, 2)
 
 
-def sequential_attention(qkv: Tensor, scale: Tensor, table: Tensor, window: Window, regions: Tensor | None) -> Tensor:
+def sequential_attention(
+    qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
+) -> Tensor:
     """The same for some heads, windows and queries at a time, in fp32; no T x T matrix outlives its turn.
 
     The backward pass computes the probabilities again: it needs qkv, and the lengths of queries and keys.
     """
-    x: Tensor = _sequential(qkv, scale, table, regions, window)[0]
+    x: Tensor = _sequential(qkv, similarity.scale, table, regions, window, similarity.cosine)[0]
     return x
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Window, Tensor | None], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Similarity, Tensor, Window, Tensor | None], Tensor]] = {
     "reference": reference_attention,
     "sdpa": sdpa_attention,
     "sequential": sequential_attention,
@@ -181,10 +217,10 @@ def _compiled_flex() -> Any:
 
 
 def _forward_in_turns(
-    qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int]
+    qkv: Tensor, scale: Tensor, table: Tensor, regions: Tensor | None, window: Sequence[int], cosine: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the attention's output and by how much queries and keys were stretched, (2, n, W, T)."""
-    out, stretch = torch.empty_like(qkv[2]), _stretch(qkv, scale)
+    out, stretch = torch.empty_like(qkv[2]), _stretch(qkv, scale, cosine=cosine)
     at_query, at_key = _region_vectors(qkv, regions)
     head_turns, window_turns, query_turns = _turns(qkv)
     with torch.autocast(qkv.device.type, enabled=False):
@@ -211,6 +247,7 @@ def _backward_in_turns(
     regions: Tensor | None,
     stretch: Tensor,
     window: Sequence[int],
+    cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_qkv, grad_scale, grad_table = torch.empty_like(qkv), torch.zeros_like(scale), torch.empty_like(table)
     at_query, at_key = _region_vectors(qkv, regions)
@@ -235,10 +272,15 @@ def _backward_in_turns(
                     grad_bias[:, queries] += _by_head(grad, bias).sum(1)
                     grad_keys.append(torch.bmm(query, grad))
                     grad_query = torch.bmm(key, grad.transpose(1, 2))
-                    grad_scale[heads] += _through_stretch(
-                        grad_query, query, scale[heads], stretch[0], grad_qkv[0], heads, windows, queries
-                    )
-                _through_stretch(_total(grad_keys), key, one, stretch[1], grad_qkv[1], heads, windows)
+                    along = (grad_query * query).sum(1, keepdim=True)
+                    grad_scale[heads] += _by_head(along, bias).sum((1, 2, 3))
+                    if cosine:
+                        _lose(grad_query, query, along, scale[heads])
+                    _through_stretch(grad_query, stretch[0], grad_qkv[0], heads, windows, queries)
+                grad_key = _total(grad_keys)
+                if cosine:
+                    _lose(grad_key, key, (grad_key * key).sum(1, keepdim=True), one)
+                _through_stretch(grad_key, stretch[1], grad_qkv[1], heads, windows)
                 _part(grad_qkv[2], heads, windows).copy_(_by_head(_total(grad_values), bias))
             grad_table[heads] = table_of_pairs(grad_bias, size)
     return grad_qkv, grad_scale / scale, grad_table
@@ -257,12 +299,12 @@ IN_TURNS: dict[Any, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window = inputs
+    *tensors, ctx.window, ctx.cosine = inputs
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_stretch: Tensor) -> tuple[Tensor | None, ...]:
-    return *_sequential_backward(grad_out, *ctx.saved_tensors, ctx.window), None, None
+    return *_sequential_backward(grad_out, *ctx.saved_tensors, ctx.window, ctx.cosine), None, None, None
 
 
 @_sequential.register_fake
@@ -309,8 +351,13 @@ def _by_head(x: Tensor, heads: Tensor) -> Tensor:
     return x.view(len(heads), -1, *x.shape[1:])
 
 
-def _stretch(qkv: Tensor, scale: Tensor) -> Tensor:
-    """By how much to stretch queries to the length of scale and keys to the length of one: (2, n, W, T), fp32."""
+def _stretch(qkv: Tensor, scale: Tensor, *, cosine: bool) -> Tensor:
+    """By how much to stretch queries and keys: (2, n, W, T), fp32.
+
+    For cosines to the lengths of scale and one; for dot products by scale and one.
+    """
+    if not cosine:
+        return torch.stack([scale, torch.ones_like(scale)])[:, :, None, None].expand(qkv[:2, :, 0].shape).contiguous()
     at_a_time = max(1, LOGITS_AT_A_TIME // math.prod(qkv.shape[2:]))
     parts = [_promoted(x) for x in torch.split(qkv[:2].flatten(0, 1), at_a_time)]  # some heads at a time
     stretch = torch.cat([(x * x).sum(1) for x in parts]).clamp_(min=1e-24).rsqrt_()
@@ -326,27 +373,18 @@ def _stretched(x: Tensor, stretch: Tensor, heads: slice, windows: slice, tokens:
     return out.flatten(0, 1)
 
 
-def _through_stretch(
-    grad: Tensor,
-    x: Tensor,
-    length: Tensor,
-    stretch: Tensor,
-    grad_in: Tensor,
-    heads: slice,
-    windows: slice,
-    tokens: slice = ALL,
-) -> Tensor:
-    """The gradient of `_stretched`, written to grad_in: what grad has along x is lost, since the length is given.
+def _lose(grad: Tensor, x: Tensor, along: Tensor, length: Tensor) -> None:
+    """Takes out of grad what it has along x, which is always at the length: a cosine does not see it."""
+    share = _by_head(along, length) / -length.square()[:, None, None, None]
+    grad.addcmul_(x, share.view_as(along))
 
-    Returns:
-        The sum over each head of grad along x, times the length.
-    """
-    along = (grad * x).sum(1, keepdim=True)
-    lost = _by_head(along, length) / -length.square()[:, None, None, None]
-    grad.addcmul_(x, lost.view_as(along))
+
+def _through_stretch(
+    grad: Tensor, stretch: Tensor, grad_in: Tensor, heads: slice, windows: slice, tokens: slice = ALL
+) -> None:
+    """The gradient of `_stretched`, written to grad_in."""
     place = _part(grad_in, heads, windows, tokens)
     place.copy_(grad.view(place.shape).mul_(stretch[heads, windows, tokens].unsqueeze(2)))
-    return _by_head(along, length).sum((1, 2, 3))
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from simmim.encoders.names import (
     without_prefix,
 )
 from simmim.encoders.stored_windows import stored_geometry
-from simmim.encoders.swinv2 import SwinTransformerV2
+from simmim.encoders.swinv2 import V2, SwinTransformerV2
 from simmim.encoders.tensor_files import CONFIG, PREPROCESSOR, read_json
 
 State = Mapping[str, Tensor]
@@ -188,7 +188,7 @@ def _geometry(shape: dict[str, Any], facts: Facts) -> dict[str, Any]:
         "pretrained_window_size": None if trained == windows else [_short(window) for window in trained or []],
         "drop_path": 0.0,
         "attention": "auto",
-        "position_bias": "log_cpb",
+        **V2,
     }
     return {"config": config, "image_size": size, "windows": windows}
 

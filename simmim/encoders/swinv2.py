@@ -34,24 +34,37 @@ while the paper's 2,2,42,4 gives the 3.0 B that it states. The head counts of H 
 of the others; the paper does not print them."""
 
 
+NORMS = ("res_post", "pre")
+"""Where the norms of a block stand: at the end of each residual branch (V2), or at its beginning (V1)."""
+
+SIMILARITIES = ("cosine", "dot")
+"""What attention compares queries and keys by: their scaled cosine (V2), or their dot product over sqrt(d) (V1)."""
+
+V2: dict[str, Any] = {"position_bias": "log_cpb", "norm": "res_post", "attention_similarity": "cosine"}
+"""What makes the encoder the second version."""
+
+
 class WindowAttention(nn.Module):
-    """Multi-head scaled cosine attention within windows. The key has no bias.
+    """Multi-head attention within windows. The key has no bias: to a softmax over keys it would make no difference.
 
     Args:
         dim: Channels C.
         num_heads: Heads n, a divisor of C.
+        similarity: One of `SIMILARITIES`.
         position_bias: See `simmim.encoders.position_bias`.
         implementation: See `simmim.encoders.attention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, position_bias: nn.Module, implementation: str) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, similarity: str, position_bias: nn.Module, implementation: str
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.implementation = implementation
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.empty(dim))
         self.v_bias = nn.Parameter(torch.empty(dim))
-        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1)) if similarity == "cosine" else None
         self.position_bias = position_bias
         self.proj = nn.Linear(dim, dim)
 
@@ -82,7 +95,7 @@ class PostNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """Window attention and MLP, each with its norm at the end of the residual branch (section 3.2).
+    """Window attention and MLP, each with its norm at the end of the residual branch (section 3.2), or as V1 in front.
 
     Args:
         dim: Channels C.
@@ -90,6 +103,8 @@ class Block(nn.Module):
         shifted: Whether the windows are shifted by half a window.
         drop_path: Probability of dropping a residual branch for an image.
         extra_norm: Whether a norm follows on the main branch (models H and G).
+        norm: One of `NORMS`.
+        similarity: One of `SIMILARITIES`.
         position_bias: See `simmim.encoders.position_bias`.
         implementation: See `simmim.encoders.attention`.
     """
@@ -102,27 +117,34 @@ class Block(nn.Module):
         shifted: bool,
         drop_path: float,
         extra_norm: bool,
+        norm: str,
+        similarity: str,
         position_bias: nn.Module,
         implementation: str,
     ) -> None:
         super().__init__()
         self.shifted = shifted
-        self.attention = WindowAttention(dim, num_heads, position_bias=position_bias, implementation=implementation)
-        self.norm1 = PostNorm(dim)
+        self.norm_first = norm == "pre"
+        create_norm = nn.LayerNorm if self.norm_first else PostNorm
+        self.attention = WindowAttention(
+            dim, num_heads, similarity=similarity, position_bias=position_bias, implementation=implementation
+        )
+        self.norm1 = create_norm(dim)
         self.mlp = MLP(dim)
-        self.norm2 = PostNorm(dim)
+        self.norm2 = create_norm(dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.extra_norm = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
     def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
         """(B, N, T, C) -> (B, N, T, C), or (K, C) of the B * N * T tokens in rows, the only ones to go on."""
-        attended = self.attention(x, geometry, rows)
+        attended = self.attention(self.norm1(x) if self.norm_first else x, geometry, rows)
         batch, image = x.shape[0], None
         if rows is not None:
             image = torch.div(rows, x.shape[1] * x.shape[2], rounding_mode="floor")
             x = x.flatten(0, 2)[rows]
-        x = x + self.drop(self.norm1(attended), batch, image)
-        x = x + self.drop(self.norm2(self.mlp(x)), batch, image)
+        x = x + self.drop(attended if self.norm_first else self.norm1(attended), batch, image)
+        mixed = self.mlp(self.norm2(x)) if self.norm_first else self.norm2(self.mlp(x))
+        x = x + self.drop(mixed, batch, image)
         x = self.extra_norm(x)
         return x
 
@@ -149,16 +171,18 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the map and doubles the channels; as everywhere in V2, the norm comes last."""
+    """Halves the map and doubles the channels; the norm comes last, or first as in the blocks."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, norm: str) -> None:
         super().__init__()
+        self.norm_first = norm == "pre"
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = nn.LayerNorm(4 * dim if self.norm_first else 2 * dim)
 
     def forward(self, x: Tensor, source: Windows, target: Windows) -> Tensor:
         """(B, N, T, C) in the windows of source -> (B, N', T', 2C) in those of target, on half the map."""
-        x = self.norm(self.reduction(merge(x, source, target)))
+        x = merge(x, source, target)
+        x = self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
         return x
 
 
@@ -182,6 +206,8 @@ class SwinTransformerV2(nn.Module):
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
         attention: Implementation of the attention, see `simmim.encoders.attention`.
         position_bias: "log_cpb", "linear_cpb" or "table", see `simmim.encoders.position_bias`.
+        norm: One of `NORMS`.
+        attention_similarity: One of `SIMILARITIES`.
 
     Attributes:
         checkpointed_stages: Stages, counted from 0, whose blocks the backward pass computes again instead of keeping
@@ -205,10 +231,13 @@ class SwinTransformerV2(nn.Module):
         drop_path: float,
         attention: str,
         position_bias: str,
+        norm: str,
+        attention_similarity: str,
     ) -> None:
         super().__init__()
         trained_windows = _per_stage(pretrained_window_size, len(depths))
         _check(embed_dim, depths, num_heads, window_size, patch_size, in_channels, drop_path)
+        _check_words(norm, attention_similarity)
         resolve_implementation(attention, torch.device("cpu"))
         self.config: dict[str, Any] = {
             "embed_dim": embed_dim,
@@ -222,6 +251,8 @@ class SwinTransformerV2(nn.Module):
             "drop_path": drop_path,
             "attention": attention,
             "position_bias": position_bias,
+            "norm": norm,
+            "attention_similarity": attention_similarity,
         }
         self.patch_size = patch_size
         self.window_size = window_size
@@ -242,6 +273,8 @@ class SwinTransformerV2(nn.Module):
                     shifted=block % 2 == 1,
                     drop_path=next(rates),
                     extra_norm=extra_norm_every > 0 and (block + 1) % extra_norm_every == 0,
+                    norm=norm,
+                    similarity=attention_similarity,
                     position_bias=create_position_bias(position_bias, num_heads[stage], window_size=window_size),
                     implementation=attention,
                 )
@@ -249,7 +282,7 @@ class SwinTransformerV2(nn.Module):
             )
             for stage, depth in enumerate(depths)
         )
-        self.merges = nn.ModuleList(PatchMerging(channels) for channels in self.channels[:-1])
+        self.merges = nn.ModuleList(PatchMerging(channels, norm=norm) for channels in self.channels[:-1])
         self.norm = nn.LayerNorm(self.channels[-1])
         self.init_weights()
 
@@ -301,7 +334,7 @@ class SwinTransformerV2(nn.Module):
                 block.compile()
 
     def init_weights(self) -> None:
-        """Linear weights from a truncated normal, biases zero, post-norms zero: each block starts as identity."""
+        """Linear weights from a truncated normal, biases zero; post-norms zero: such blocks start as identity."""
         for module in self.modules():
             self.init_module(module)
 
@@ -315,7 +348,8 @@ class SwinTransformerV2(nn.Module):
         elif isinstance(module, WindowAttention):
             nn.init.zeros_(module.q_bias)
             nn.init.zeros_(module.v_bias)
-            nn.init.constant_(module.logit_scale, math.log(10))
+            if module.logit_scale is not None:
+                nn.init.constant_(module.logit_scale, math.log(10))
         elif isinstance(module, PositionBiasTable):
             nn.init.trunc_normal_(module.table, std=0.02)
         elif isinstance(module, SwinTransformerV2):
@@ -489,3 +523,9 @@ def _check(
                 f"model.num_heads={list(num_heads)}: stage {stage + 1} has {embed_dim * 2**stage} channels, "
                 f"which {heads} heads do not divide"
             )
+
+
+def _check_words(norm: str, similarity: str) -> None:
+    for key, value, words in (("norm", norm, NORMS), ("attention_similarity", similarity, SIMILARITIES)):
+        if value not in words:
+            raise ValueError(f"model.{key}={value} is unknown: choose {' or '.join(words)}")

@@ -17,6 +17,7 @@ from simmim.checkpoint_files import is_folder_of_shards, load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
 from simmim.encoders.position_bias import move_table
 from simmim.encoders.released import read_released
+from simmim.encoders.swinv2 import V2
 from simmim.encoders.tensor_files import WEIGHTS, is_safetensors, read_pytorch, read_safetensors
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
@@ -29,7 +30,7 @@ HEAD = "head."
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
 """Settings of an encoder that its weights' names and shapes depend on, whatever its position bias."""
 
-BEFORE = {"position_bias": "log_cpb"}
+BEFORE = V2
 """What the configuration of older files, which does not say, stands for."""
 
 OURS: dict[str, Any] = {"origin": "simmim", "decoder": None, "notes": []}
@@ -353,10 +354,10 @@ def _named_below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
     theirs, ours = metadata["config"], encoder.config
-    if (bias := theirs["position_bias"]) != ours["position_bias"]:
+    if other := next((key for key in V2 if theirs[key] != ours[key]), None):
         raise ValueError(
-            f"encoder={file} was trained with model.position_bias={bias}, and the model has {ours['position_bias']}: "
-            f"give model.position_bias={bias}"
+            f"encoder={file} was trained with model.{other}={theirs[other]}, and the model has {ours[other]}: "
+            f"give model.{other}={theirs[other]}"
         )
     model = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     held = {key: tuple(value.shape) for key, value in weights.items()}

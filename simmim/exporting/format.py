@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from simmim.encoders.swinv2 import V2
 from simmim.encoders.windows import Windows
 from simmim.exporting.model import Model, Outputs
 
@@ -38,6 +39,19 @@ class Format:
     write: Callable[[Model, Path], None]
     readers: Callable[[Model, Path], Mapping[str, Reader]]
     usage: Callable[[Model, str], str]
+
+
+def check_version(model: Model, form: Format) -> None:
+    """Refuses what Swin V2 has replaced, where a library's Swin V2 is what reads the export.
+
+    Raises:
+        ValueError: With the setting.
+    """
+    other = [f"model.{key}={model.config[key]}" for key in V2 if model.config[key] != V2[key]]
+    if other and form.name not in ("safetensors", "onnx"):
+        raise ValueError(
+            f"format={form.name} holds Swin V2, and the encoder has {', '.join(other)}: give format=safetensors or onnx"
+        )
 
 
 def check_square_windows(model: Model, key: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from simmim.encoders import SwinTransformerV2
 from simmim.encoders.names import to_timm, to_torchvision, to_transformers
+from simmim.encoders.swinv2 import V2
 from simmim.masking import expand_mask
 from simmim.tasks.pretraining import MaskedImageModel
 
@@ -159,8 +160,8 @@ PEERS: dict[str, Callable[[MaskedImageModel, tuple[int, int]], nn.Module]] = {
 def _geometry(encoder: SwinTransformerV2) -> dict[str, Any]:
     if encoder.config["extra_norm_every"]:
         raise ValueError("peers have no extra norms: model=swinv2_h and swinv2_g are ours alone, give peers=[]")
-    if (bias := encoder.config["position_bias"]) != "log_cpb":
-        raise ValueError(f"peers know model.position_bias=log_cpb alone, not {bias}: give peers=[]")
+    if other := [f"model.{key}={encoder.config[key]}" for key in V2 if encoder.config[key] != V2[key]]:
+        raise ValueError(f"peers are Swin V2, without {other[0]}: give peers=[]")
     return encoder.config
 
 

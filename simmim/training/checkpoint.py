@@ -12,13 +12,14 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch.distributed.tensor import DTensor
 
 from simmim.checkpoint_files import damage, load, load_rest, save_file, save_folder
+from simmim.encoders.swinv2 import V2
 from simmim.processes import STOP_SIGNALS
 from simmim.run_folder import CHECKPOINTS, checkpoint_name, list_checkpoints, partial_name, shown, step_of
 from simmim.training.ranks import total_over_ranks
 
 log = logging.getLogger(__name__)
 
-BEFORE = {"model.position_bias": "log_cpb", "max_value": 255}
+BEFORE = {**{f"model.{key}": value for key, value in V2.items()}, "max_value": 255}
 """What older checkpoints, which do not hold a setting, were trained with."""
 
 

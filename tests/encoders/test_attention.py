@@ -24,8 +24,10 @@ SHAPES = {
 HEADS, CHANNELS, IMAGES = 3, 16, 2
 
 
-def inputs(shape: Windows, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Tensor]:
-    """Heads of a low, a usual and a clamped scale; biases over their whole range."""
+def inputs(
+    shape: Windows, dtype: torch.dtype = torch.float32, device: str = "cpu", *, cosine: bool = True
+) -> dict[str, Tensor]:
+    """Heads of a low, a usual and a clamped scale; biases over their whole range. Or dot products, without a scale."""
     generator = torch.Generator().manual_seed(0)
     h, w = shape.window
     windows, tokens = IMAGES * shape.shape[0], shape.shape[1]
@@ -35,6 +37,8 @@ def inputs(shape: Windows, dtype: torch.dtype = torch.float32, device: str = "cp
         "table": 16 * torch.rand(HEADS, 2 * h - 1, 2 * w - 1, generator=generator),
     }
     values["qkv"] = values["qkv"].to(dtype)
+    if not cosine:
+        del values["log_scale"]
     return {key: value.to(device).requires_grad_() for key, value in values.items()}
 
 
@@ -42,7 +46,7 @@ def results(name: str, shape: Windows, values: dict[str, Tensor]) -> dict[str, T
     """Output and gradients. The gradient that arrives is zero in padding, as in the encoder."""
     device = values["qkv"].device
     geometry = Geometry(shape.window, torch.empty(0), regions(shape, device))
-    out = window_attention(**values, geometry=geometry, implementation=name)
+    out = window_attention(**{"log_scale": None, **values}, geometry=geometry, implementation=name)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
     if geometry.regions is not None:
         weight *= geometry.regions.ge(0).repeat(IMAGES, 1)
@@ -53,17 +57,19 @@ def results(name: str, shape: Windows, values: dict[str, Tensor]) -> dict[str, T
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, out: float, gradients: float) -> None:
     torch.testing.assert_close(found["out"], expected["out"], atol=out * float(expected["out"].abs().max()), rtol=0)
-    for key in ("qkv", "log_scale", "table"):
+    for key in expected.keys() - {"out"}:
         error = (found[key].float() - expected[key].float()).norm() / expected[key].norm()
         assert error < gradients, f"{key}: relative error {float(error):.1e}"
-    assert expected["log_scale"][2] == 0 == found["log_scale"][2]  # beyond ln 100 the scale stands still
+    if "log_scale" in expected:
+        assert expected["log_scale"][2] == 0 == found["log_scale"][2]  # beyond ln 100 the scale stands still
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("name", ["sdpa", "sequential"])
-def test_equals_reference(name: str, shape: Windows, device: str) -> None:
-    values = inputs(shape, device=device)
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_equals_reference(name: str, shape: Windows, device: str, cosine: bool) -> None:
+    values = inputs(shape, device=device, cosine=cosine)
     assert_same(results(name, shape, values), results("reference", shape, values), out=1e-5, gradients=1e-3)
 
 
@@ -77,9 +83,11 @@ def test_flex_equals_reference_on_a_gpu(shape: Windows) -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_forward_of_flex_equals_reference(shape: Windows) -> None:
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_forward_of_flex_equals_reference(shape: Windows, cosine: bool) -> None:
     geometry = Geometry(shape.window, torch.empty(0), regions(shape, CPU))
-    values: dict[str, Any] = {key: value.detach() for key, value in inputs(shape).items()}
+    values: dict[str, Any] = {key: value.detach() for key, value in inputs(shape, cosine=cosine).items()}
+    values = {"log_scale": None, **values}
     flex, expected = (window_attention(**values, geometry=geometry, implementation=n) for n in ("flex", "reference"))
     real = 1 if geometry.regions is None else geometry.regions.ge(0).repeat(IMAGES, 1)
     assert (flex * real - expected * real).abs().max() < 1e-5 * expected.abs().max()
@@ -116,24 +124,29 @@ def test_turns_of_any_length_give_the_same(logits: int, monkeypatch: pytest.Monk
     assert_same(results("sequential", shape, inputs(shape)), expected, out=1e-5, gradients=1e-3)
 
 
-def test_sequential_is_a_whole_operator() -> None:
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_sequential_is_a_whole_operator(cosine: bool) -> None:
     """Schema, shapes without data, and autograd registration: what compilation and sharding rely on."""
     shape = SHAPES["shifted"]
     values = inputs(shape, torch.float64)
     arguments = (values["qkv"], values["log_scale"].detach().flatten().exp().double(), values["table"].double())
-    torch.library.opcheck(attention._sequential, (*arguments, regions(shape, CPU), list(shape.window)))
+    torch.library.opcheck(attention._sequential, (*arguments, regions(shape, CPU), list(shape.window), cosine))
 
 
-def test_sequential_keeps_float64() -> None:
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_sequential_keeps_float64(cosine: bool) -> None:
     """Numbers of a higher precision are not rounded on the way: the gradients pass a numerical check."""
     shape = Windows((2, 4), (2, 2), (0, 1))
     generator = torch.Generator().manual_seed(2)
     size = {"qkv": (3, 2, 3, 2, 4), "log_scale": (2, 1, 1), "table": (2, 3, 3)}
     values = {k: torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for k, s in size.items()}
+    if not cosine:
+        del values["log_scale"]
     geometry = Geometry(shape.window, torch.empty(0), regions(shape, CPU))
 
     def attend(*tensors: Tensor) -> Tensor:
-        return window_attention(**dict(zip(size, tensors, strict=True)), geometry=geometry, implementation="sequential")
+        given = {"log_scale": None, **dict(zip(values, tensors, strict=True))}
+        return window_attention(**given, geometry=geometry, implementation="sequential")
 
     assert torch.autograd.gradcheck(attend, tuple(values.values()))
 

@@ -59,7 +59,7 @@ def test_ways_that_change_no_number() -> None:
     [
         ("torchvision", {"window_size": 8}, "peers=torchvision pads every map to whole windows"),
         ("timm", {"extra_norm_every": 2}, r"swinv2_h and swinv2_g are ours alone, give peers=\[\]"),
-        ("timm", {"position_bias": "table"}, r"peers know model\.position_bias=log_cpb alone, not table"),
+        ("timm", {"position_bias": "table"}, r"peers are Swin V2, without model\.position_bias=table"),
         ("lightly", {}, "peers=lightly is unknown: choose from timm, transformers, torchvision"),
     ],
 )

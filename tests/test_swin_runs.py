@@ -1,0 +1,64 @@
+"""Swin V1 goes the way of V2: pretrained, moved to another window, told what it is, and read back."""
+
+import pytest
+import torch
+
+from simmim.command import compose_config
+from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.export import export
+from simmim.finetune import finetune
+from simmim.inspect import inspect
+from simmim.pretrain import pretrain
+
+V1 = ["experiment=debug", "model.norm=pre", "model.attention_similarity=dot", "model.position_bias=table"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swin") / "run"
+    pretrain(compose_config("pretrain", [*V1, "trainer.max_steps=4", "pictures=1"], output_dir=folder))
+    return folder
+
+
+def test_its_file_rebuilds_it(pretrained):
+    encoder = load_encoder(pretrained)
+    assert (encoder.config["norm"], encoder.config["attention_similarity"]) == ("pre", "dot")
+    assert encoder.blocks[0][0].attention.logit_scale is None
+    assert read_encoder_weights(pretrained)[1]["config"]["position_bias"] == "table"
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(pretrained, tmp_path):
+    short = [*V1, "trainer.max_steps=4", "pictures=1", "checkpoint.every_n_steps=2", "checkpoint.keep=null"]
+    pretrain(compose_config("pretrain", short, output_dir=tmp_path / "whole"))
+    half = f"resume={tmp_path}/whole/checkpoints/step_0000002.ckpt"
+    pretrain(compose_config("pretrain", [*short, half], output_dir=tmp_path / "half"))
+    ours, theirs = (load_encoder(tmp_path / name).state_dict() for name in ("half", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_fine_tuning_moves_its_table_to_a_larger_window(pretrained, tmp_path, caplog):
+    words = [f"encoder={pretrained}", "data.image_size=64", "model.window_size=8", "trainer.max_steps=2", "trainer=cpu",
+             "data.train_images=8", "data.val_images=4", "data.batch_size=4", "data.num_workers=0"]  # fmt: skip
+    finetune(compose_config("finetune", words, output_dir=tmp_path))
+    tuned = load_encoder(tmp_path)
+    assert tuned.config["norm"] == "pre"
+    assert tuned.state_dict()["stages.0.0.attention.position_bias.table"].shape[1:] == (15, 15)
+
+
+def test_weights_of_one_version_are_no_weights_of_the_other(pretrained, tmp_path):
+    words = ["experiment=debug", f"encoder={pretrained}"]
+    with pytest.raises(ValueError, match=r"was trained with model\.position_bias=table, and the model has log_cpb"):
+        pretrain(compose_config("pretrain", words, output_dir=tmp_path))
+
+
+def test_it_is_shown_for_what_it_is(pretrained, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        inspect(compose_config("inspect", [f"encoder={pretrained}"], output_dir=tmp_path))
+    assert "norm pre, attention_similarity dot" in caplog.text
+
+
+def test_swin_v2_of_others_cannot_hold_it(pretrained, tmp_path):
+    words = [f"encoder={pretrained}", "format=timm", f"out={tmp_path}/timm"]
+    with pytest.raises(ValueError, match=r"^format=timm holds Swin V2, and the encoder has model\.position_bias=table"):
+        export(compose_config("export", words, output_dir=tmp_path / "run"))
+    assert not (tmp_path / "timm").exists()
