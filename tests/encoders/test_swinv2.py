@@ -254,7 +254,7 @@ def test_published_sizes() -> None:
         "swinv2_h": (655.2, 658.0),
         "swinv2_g": (2997.8, 3001.9),
     }
-    assert published.keys() == SIZES.keys()
+    assert published.keys() == {name for name in SIZES if name.startswith("swinv2")}
     for name, (backbone, classifier) in published.items():
         encoder = meta_encoder(name)
         count = sum(parameter.numel() for parameter in encoder.parameters())
