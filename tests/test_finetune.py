@@ -309,7 +309,10 @@ def test_a_resumed_run_keeps_its_settings(finished, pretrained, tmp_path):
 def test_what_the_config_says_goes_before_what_the_encoder_says(pretrained, tmp_path):
     known = read_encoder_weights(pretrained)[1]
     config = fill_in(
-        config_of(tmp_path, "data.mean=[0.1,0.2,0.3]", "model.window_size=2", "model.drop_path=0.25"), known
+        config_of(
+            tmp_path, f"encoder={pretrained}", "data.mean=[0.1,0.2,0.3]", "model.window_size=2", "model.drop_path=0.25"
+        ),
+        known,
     )
     assert config["data"]["mean"] == [0.1, 0.2, 0.3]
     assert config["data"]["std"] == [0.2, 0.21, 0.22]
@@ -542,9 +545,10 @@ def test_a_stage_follows_a_pretraining_at_192_pixels(stage, tmp_path, pretrained
     """SwinV2-T on the meta device: the windows divide, and the bias counts in the windows of the pretraining."""
     with torch.device("meta"):
         encoder = create_encoder("swinv2_t", window_size=12)
-    known = {"config": encoder.config, "image_size": [192, 192], "windows": encoder.windows(192, 192), "mean": None,
+    known = {"origin": "simmim", "config": encoder.config, "image_size": [192, 192],
+             "windows": encoder.windows(192, 192), "mean": None,
              "std": None, "head": None, "classes": None}  # fmt: skip
-    words = [f"stage={stage}", "data.train_images=64", "data.val_images=2", "trainer=cpu"]
+    words = [f"stage={stage}", "encoder=run", "data.train_images=64", "data.val_images=2", "trainer=cpu"]
     config = fill_in(compose_config("finetune", words, output_dir=tmp_path), known)
     task, _, _ = build(config)
     assert task.network.encoder.config["pretrained_window_size"] == [12, 12, 12, 6]

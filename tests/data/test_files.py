@@ -52,7 +52,7 @@ def test_files_that_cannot_be_read_keep_their_reasons(root):
     (root / "a" / "0.png").unlink()  # behind the listing's back
     assert [entry for entry in loaded(InMemory(source)) if isinstance(entry[1], str)] == [
         (str(root / "a/0.png"), "No such file or directory", -1),
-        (str(root / "a/broken.jpg"), "not an image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF)", -1),
+        (str(root / "a/broken.jpg"), "not an image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF, NPY)", -1),
         (str(root / "a/empty.jpg"), "empty file", -1),
     ]
 

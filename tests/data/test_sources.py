@@ -129,7 +129,7 @@ def test_layouts_without_labels_give_the_same_images(layout, shared_data, tmp_pa
         check_labels(found, key="data.root")
 
 
-REASONS = {"empty file", "truncated JPEG", "not an image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF)"}
+REASONS = {"empty file", "truncated JPEG", "not an image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF, NPY)"}
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "copy"])  # which leaves them out
