@@ -215,7 +215,10 @@ def command(
             sys.argv[1] = f"{positional}={_quoted(sys.argv[1])}"
         logging.raiseExceptions = False  # a run.log for which there is no room ends no run, and prints no traceback
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
-        sys.argv.append(f"++hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}")
+        # Beside the other overrides, which must stand together: --multirun may be the last word, or the first.
+        places = [at for at, word in enumerate(sys.argv) if at and "=" in word and word[0] != "-"]
+        noted = f"++hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}"
+        sys.argv.insert(min(places, default=len(sys.argv)), noted)
         SweepFolder.path, started, ended = None, time.time(), ""
         failures.clear()
         try:
