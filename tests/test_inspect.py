@@ -31,7 +31,7 @@ def test_an_encoder_file_of_ours(tmp_path: Path) -> None:
     )  # fmt: skip
     said = said_of(tmp_path / "e")
     assert said["file"][0].endswith(", safetensors, named as simmim does")
-    assert said["encoder"][0].startswith("a Swin Transformer V2 of no published size, ")
+    assert said["encoder"][0].startswith("a Swin Transformer of no published size, ")
     assert said["encoder"][1].endswith("heads 2, 2, 4, 8, patches of 4 px, 4 channels")
     assert said["trained"][0] == "at 192x384 px, windows of 12x12, 12x12, 12x12, 6x12 tokens"
     assert said["trained"][1].endswith("log_cpb, which counts in windows of 6x6, 6x6, 6x6, 6x6 tokens")
