@@ -214,7 +214,6 @@ def command(
         if positional is not None and len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
             sys.argv[1] = f"{positional}={_quoted(sys.argv[1])}"
         logging.raiseExceptions = False  # a run.log for which there is no room ends no run, and prints no traceback
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
         # Beside the other overrides, which must stand together: --multirun may be the last word, or the first.
         places = [at for at, word in enumerate(sys.argv) if at and "=" in word and word[0] != "-"]
         noted = f"++hydra.callbacks.sweep._target_={SweepFolder.__module__}.{SweepFolder.__name__}"
@@ -227,7 +226,8 @@ def command(
                     "name=… must be given under torchrun or Slurm: else each process would make a run folder of its own"
                 )
             _check_choices(sys.argv[1:], name)
-            run()
+            with _raising():
+                run()
         except (*USER_ERRORS, BrokenExecutor) as error:  # the config does not compose, or a sweep could not go on
             if traceback:
                 raise
@@ -237,6 +237,19 @@ def command(
             sys.exit("\n".join(told) or 1)
 
     return main
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Hydra raises its errors here, instead of printing them its own way; what the environment said is put back."""
+    said = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if said is not None:
+            os.environ["HYDRA_FULL_ERROR"] = said
 
 
 class SweepFolder(Callback):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.command import EXIT_STOPPED, compose_config, explain
+from simmim.command import EXIT_STOPPED, command, compose_config, explain
 from simmim.data.folder import FolderSource
 from simmim.pretrain import pretrain
 
@@ -286,3 +286,15 @@ def test_a_run_out_of_memory_ends_with_what_would_fit(tmp_path):
         r"out of memory: a step takes about [\d.]+ of [\d.]+ GB.*\(python -m simmim\.plan says more\)", last
     )
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_command_called_in_a_process_leaves_its_environment_as_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for said in (None, "0"):
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        if said is not None:
+            monkeypatch.setenv("HYDRA_FULL_ERROR", said)
+        monkeypatch.setattr(sys, "argv", ["simmim.pretrain", "experiment=debug", "masking.ratio=2"])
+        with pytest.raises(SystemExit):
+            command(pretrain)()
+        assert os.environ.get("HYDRA_FULL_ERROR") == said

@@ -33,7 +33,6 @@ def type_in(folder, function, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [function.__name__, *words])
-        patch.setenv("HYDRA_FULL_ERROR", "0")
         patch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
         try:
             command(function, objective="val_loss")()
