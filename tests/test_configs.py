@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from simmim.command import compose_config, config_folder
 from simmim.encoders import create_encoder
 from simmim.masking import Masking
+from simmim.pretrain import build
 from simmim.run import run_length
 from simmim.training.schedule import lr_factor
 
@@ -69,7 +70,7 @@ TUNED = {
 
 
 FINETUNED = (
-    *("finetune_", "transfer_", "supervised_", "pretrained", "low_label"),
+    *("finetune_", "transfer_", "supervised_", "pretrained", "low_label", "ablation_finetune"),
     *("position_bias_transfer", "tiny_imagenet_finetune", "tiny_imagenet_scratch"),
 )
 """How the choices that fine-tuning alone has begin."""
@@ -92,7 +93,7 @@ def test_every_choice_of_every_group_composes(group, choice):
     root = ["data.root=photos"] if group == "experiment" and choice not in ("debug", "low_label") else []
     command = "finetune" if choice.startswith(FINETUNED) else "pretrain"
     config = config_of(f"{group}={choice}", *needed.get(choice, []), *root, command=command)
-    inherited = ("pretrained", "low_label", "tiny_imagenet_finetune")
+    inherited = ("pretrained", "low_label", "tiny_imagenet_finetune", "ablation_finetune")
     assert choice in inherited or config["model"]["window_size"] > 0
 
 
@@ -110,6 +111,21 @@ def test_the_sweep_over_masks_holds_what_each_model_accepts(model):
             size = (config.data.image_size,) * 2
             settings = {"patch_size": int(cell), "ratio": float(ratio), "strategy": "random"}
             assert Masking(size, **settings, model_patch_size=config.model.patch_size)
+
+
+@pytest.mark.parametrize("study", ["mask", "head", "resolution", "loss", "prediction"])
+def test_an_ablation_holds_what_its_model_accepts(study):
+    words = [f"experiment=ablation_{study}", "data=synthetic", "data.train_images=64", "data.val_images=64"]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("pretrain", overrides=words, return_hydra_config=True)
+    assert config.hydra.mode == RunMode.MULTIRUN
+    values = {key: str(value).split(",") for key, value in config.hydra.sweeper.params.items()}
+    assert math.prod(map(len, values.values())) >= 2
+    for key, choices in values.items():
+        for value in choices:
+            job = config_of(*words, f"{key}={value}")
+            section, name = key.split(".")
+            assert str(build(job)[0].hparams[section][name]) == value
 
 
 @pytest.mark.parametrize(
