@@ -15,8 +15,8 @@ from tqdm import tqdm
 from simmim.pictures import draw_confusion, draw_panels
 from simmim.probes import knn_accuracy
 from simmim.run_folder import append, shown, whole_file
-from simmim.training.loggers import Tracker
 from simmim.training.ranks import rows_of_all_ranks, total_over_ranks
+from simmim.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 

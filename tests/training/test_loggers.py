@@ -20,7 +20,8 @@ from simmim.command import compose_config
 from simmim.pretrain import pretrain
 from simmim.run_folder import list_checkpoints
 from simmim.training.environment import commit
-from simmim.training.loggers import Tracker, WeightsAndBiases
+from simmim.training.tracker import Tracker
+from simmim.training.weights_and_biases import WeightsAndBiases
 
 
 def run(folder, *overrides):
@@ -192,7 +193,7 @@ def test_a_run_goes_on_when_wandbs_service_is_gone_and_the_next_one_has_its_own(
 
 def test_wandb_out_of_reach_is_one_line(tmp_path, monkeypatch):
     wandb.teardown()
-    monkeypatch.setattr("simmim.training.loggers.WANDB_PATIENCE", 1)
+    monkeypatch.setattr("simmim.training.weights_and_biases.PATIENCE", 1)
     monkeypatch.setattr("wandb.sdk.lib.identity._RESOLVE_TIMEOUT_SECONDS", 0.1, raising=False)  # asks who we are
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
