@@ -1,4 +1,4 @@
-"""Trains several runs, one after the other, in the processes that torchrun started.
+"""Trains several runs, one after the other, in processes that are of one group.
 
     torchrun --nproc-per-node 2 sharded_runs.py <folder> '{"<name>": ["<override>", ...], ...}' [finetune]
 

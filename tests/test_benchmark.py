@@ -1,11 +1,10 @@
 """The benchmark command: every part writes its table."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 
 from simmim.benchmark import PARTS, benchmark
 from simmim.command import compose_config
@@ -72,9 +71,9 @@ def test_step_compares_with_the_best_peer(tmp_path: Path) -> None:
 )
 def test_a_sweep_and_errors_of_one_line(override: str, words: str | None, tmp_path: Path) -> None:
     sweep = ["--multirun"] if words is None else []
-    command = [sys.executable, "-m", "simmim.benchmark", *sweep, "benchmark=optimizer", *TINY]
+    command = ["-m", "simmim.benchmark", *sweep, "benchmark=optimizer", *TINY]
     command += [override] if not override.startswith("peers") else ["benchmark=step", override]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = started.run(*command, cwd=tmp_path)
     if words is None:
         assert done.returncode == 0, done.stderr
         assert len(list(tmp_path.glob("multirun/*/*/*/benchmark.csv"))) == 2

@@ -2,13 +2,12 @@
 
 import os
 import re
-import resource
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+import started
 import torch
 from PIL import Image
 
@@ -18,14 +17,7 @@ from simmim.pretrain import pretrain
 
 
 def type_in(folder, *arguments, module="simmim.pretrain", **environment):
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    return started.run("-m", module, *arguments, cwd=folder, env=environment)
 
 
 def error_of(*overrides, folder):
@@ -175,7 +167,7 @@ simmim.run.Trainer.fit = full
 simmim.pretrain.command(simmim.pretrain.pretrain)()
 """
     overrides = ["experiment=debug", "name=full", "checkpoint.on_error=continue"]
-    done = subprocess.run([sys.executable, "-c", code, *overrides], cwd=tmp_path, capture_output=True, text=True)
+    done = started.run("-c", code, *overrides, cwd=tmp_path)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "Traceback" not in output and "Logging error" not in output
@@ -214,10 +206,7 @@ def test_ctrl_c_saves_and_the_run_continues(tmp_path):
         "data.num_workers=1",
         "log_every_n_steps=1",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simmim.pretrain", *arguments],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = started.start("-m", "simmim.pretrain", *arguments, cwd=tmp_path)
     metrics = tmp_path / "outputs/pretrain/mine/metrics.csv"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 6) and time.monotonic() < deadline:
@@ -269,17 +258,16 @@ def test_a_sweep_has_a_folder_a_job_and_reports_the_one_that_failed(tmp_path):
 
 
 def test_a_run_out_of_memory_ends_with_what_would_fit(tmp_path):
-    """4.6 GB of parameters where 3 GB may be taken."""
-    arguments = ["experiment=debug", "model.embed_dim=2048", "model.num_heads=[16,32,64]", "data.batch_size=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "simmim.pretrain", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a thread that finds no room for itself fails in other words
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (3 * 10**9, 3 * 10**9)),
-    )
+    """1.2 GB of parameters where half a GB more may be taken."""
+    code = """
+import resource, runpy, sys
+held = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1])
+resource.setrlimit(resource.RLIMIT_DATA, (held + 5 * 10**8,) * 2)
+runpy.run_module("simmim.pretrain", run_name="__main__")
+"""
+    arguments = ["experiment=debug", "model.embed_dim=1024", "model.num_heads=[8,16,32]", "data.batch_size=1"]
+    # a thread that finds no room for itself fails in other words
+    done = started.run("-c", code, *arguments, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
     last = (done.stdout + done.stderr).splitlines()[-1]
     assert done.returncode == 1
     assert re.match(

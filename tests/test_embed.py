@@ -4,13 +4,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import started
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -166,8 +165,7 @@ def test_killed_and_run_again_it_is_the_same_to_the_last_byte(encoder_file, dirt
         "m.command(m.embed)()"
     )
     arguments = [f"encoder={encoder_file}", f"images={dirty}", f"out={out}", "data.batch_size=2", "features=patches"]
-    command = [sys.executable, "-c", slow, *arguments, "trainer=cpu", "data.num_workers=1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started.start("-c", slow, *arguments, "trainer=cpu", "data.num_workers=1", cwd=tmp_path)
     parts, deadline = out.with_name("features.npz.partial"), time.monotonic() + 100
     while not (parts / "part-00001.npz").exists() and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -5,13 +5,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import started
 import torch
 import yaml
 from PIL import Image
@@ -281,8 +280,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_never_was(tmp_path):
     settings = ("experiment=debug", "data.val_images=7", "schedule.warmup_epochs=0.5", *EXACT, "trainer.max_epochs=12",
                 "checkpoint.every_n_steps=2", "name=mine")  # fmt: skip
     folder = tmp_path / "outputs" / "finetune" / "mine"
-    command = [sys.executable, "-m", "simmim.finetune", *settings]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = started.start("-m", "simmim.finetune", *settings, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not ((folder / "metrics.csv").exists() and len(rows(folder)) > 6) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -454,10 +452,7 @@ def together(tmp_path_factory, finished):
         "kept": ["data.val_images=7", "trainer=fsdp", *TWO, f"encoder={finished[0]}",
                  "optimizer.base_lr=1e-12", "optimizer.weight_decay=0", "trainer.max_steps=1"],
     }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(Path(__file__).parent / "sharded_runs.py"), str(folder), json.dumps(runs), "finetune"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    started.run_together(Path(__file__).parent / "sharded_runs.py", folder, json.dumps(runs), "finetune")
     return folder
 
 

@@ -2,11 +2,10 @@
 
 import logging
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 import torch
 
 from simmim import plan as module
@@ -192,8 +191,7 @@ def test_the_memory_of_a_gpu_that_is_not_here_must_be_given(monkeypatch):
 
 def test_the_command_answers_where_nothing_fits_too(tmp_path):
     smallest = ["model.attention=sequential", "trainer.activation_checkpointing=all", "data.batch_size=1"]
-    command = [sys.executable, "-m", "simmim.plan", *TINY, *smallest, "trainer.device_memory_gb=1e-6"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = started.run("-m", "simmim.plan", *TINY, *smallest, "trainer.device_memory_gb=1e-6", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "This run does not fit" in done.stdout and "Nothing fits" in done.stdout
     assert done.stderr == ""

@@ -3,12 +3,11 @@
 import contextlib
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import started
 from PIL import Image
 
 from simmim.command import compose_config
@@ -68,8 +67,8 @@ def test_the_copy_holds_every_readable_image_and_lists_the_others(photos, whole)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lists processes as Linux does")
 def test_killed_and_run_again_it_is_the_same_to_the_last_byte(photos, whole, tmp_path):
     out = tmp_path / "copy"
-    command = [sys.executable, "-m", "simmim.prepare", f"data.root={photos}", f"out={out}", "shard_mb=1", "workers=1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    command = ["-m", "simmim.prepare", f"data.root={photos}", f"out={out}", "shard_mb=1", "workers=1"]
+    process = started.start(*command, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (out / "shard-00001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -79,7 +78,7 @@ def test_killed_and_run_again_it_is_the_same_to_the_last_byte(photos, whole, tmp
     assert process.wait() == -signal.SIGKILL
     assert not (out / "index.json").exists()
     kept = {name: (out / name).stat().st_mtime_ns for name in ("shard-00000.tar", "shard-00001.tar")}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = started.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\d+ of 152 images are there already", done.stdout + done.stderr)
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept

@@ -3,11 +3,10 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from PIL import Image
 
@@ -149,11 +148,7 @@ def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     exact = [*PROBED, "model.drop_path=0", "optimizer.eps=1e-6", "objective.loss=l2"]
     runs = {strategy: [f"trainer={strategy}", *TWO, *exact] for strategy in ("ddp", "fsdp")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(RUNS), str(folder), json.dumps(runs)], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    started.run_together(RUNS, folder, json.dumps(runs))
     run(folder / "alone", *exact)
     return folder, folder / "alone"
 

@@ -2,11 +2,10 @@
 
 import csv
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 import torch
 
 from simmim.checkpoint_files import load
@@ -25,8 +24,7 @@ SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trai
 
 def train(folder, *overrides, processes=1, kills=0, seed=0):
     """The moments at which the run was killed."""
-    command = [sys.executable, str(RUNS), str(folder), str(processes), str(kills), str(seed), *SETTINGS, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = started.run(RUNS, folder, processes, kills, seed, *SETTINGS, *overrides)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [line.removeprefix("killed: ") for line in done.stdout.splitlines() if line.startswith("killed: ")]
 

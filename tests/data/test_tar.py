@@ -8,13 +8,13 @@ import pickle
 import random
 import re
 import subprocess
-import sys
 import tarfile
 from collections import Counter
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
+import started
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -434,11 +434,10 @@ def test_a_run_as_one_types_it(tmp_path):
     for shard in range(2):
         pack(tmp_path / f"t-{shard:03d}.tar{'.gz' * shard}", labelled(range(20 * shard, 20 * shard + 20)))
     pack(tmp_path / "val.tar", labelled(range(8)))
-    done = subprocess.run(
-        [sys.executable, "-m", "simmim.pretrain", "experiment=debug", "data=shards", "name=mine",
-         "data.root='t-{000.tar,001.tar.gz}'", "data.val_root=val.tar", "data.num_workers=2",
-         "trainer.max_steps=3"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    done = started.run(
+        "-m", "simmim.pretrain", "experiment=debug", "data=shards", "name=mine",
+        "data.root='t-{000.tar,001.tar.gz}'", "data.val_root=val.tar", "data.num_workers=2", "trainer.max_steps=3",
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "pretrain" / "mine" / "checkpoints" / "step_0000003.ckpt").is_file()

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import started
 import torch
 import yaml
 from torch.distributed.tensor import DTensor
@@ -106,8 +107,7 @@ def together(tmp_path_factory, alone):
                          "optimizer.weight_decay=0", "trainer.max_steps=1"],
         "giant": [*SHARDED, *G],
     }  # fmt: skip
-    done = torchrun(RUNS, folder, json.dumps(runs))
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    started.run_together(RUNS, folder, json.dumps(runs))
     return folder
 
 
@@ -205,8 +205,7 @@ def test_one_process_continues_the_run_of_two(tmp_path, alone, together):
 
 def test_a_sharded_checkpoint_becomes_one_file(tmp_path, together):
     run = together / "averaged"
-    command = [sys.executable, "-m", "simmim.consolidate", str(run)]
-    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    made = started.run("-m", "simmim.consolidate", run, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     file, folder = run / "step_0000020.ckpt", list_checkpoints(run)[-1]
     assert file.is_file() and folder.is_dir() and f"file       {file}" in made.stdout
@@ -215,7 +214,7 @@ def test_a_sharded_checkpoint_becomes_one_file(tmp_path, together):
     states = (tree["optimizer_states"][0]["state"] for tree in (ours, theirs))
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(s.values() for s in states), strict=True))
     assert isinstance(load_pretraining(file), Pretraining)
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    again = started.run("-m", "simmim.consolidate", run, cwd=tmp_path)
     assert again.returncode == 1
     assert f"out={file} exists already: give another out=…" in again.stdout
 
@@ -238,8 +237,7 @@ def _checkpoint(folder):
 
 
 def as_a_user(folder, *arguments):
-    command = [sys.executable, "-m", "simmim.pretrain", "experiment=debug", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return started.start("-m", "simmim.pretrain", "experiment=debug", *arguments, cwd=folder)
 
 
 def test_a_multirun_starts_the_processes_of_each_of_its_jobs(tmp_path, alone):
