@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(?:^ *<!-- (?P<mark>[a-z]+)(?P<why>:[^>]+)? -->\n+)?^(?P<in
 MARKS = {"": False, "refused": False, "composed": True, "typed": True}
 """And whether each must say why."""
 
-POSITIONAL = {"consolidate": "checkpoint", "inspect": "encoder", "report": "folder"}
+POSITIONAL = {"consolidate": "checkpoint", "diagnose": "diagnosis", "inspect": "encoder", "report": "folder"}
 """What a command may be given without its key, as the first word."""
 
 STEPS = {"trainer.max_steps": 1, "log_every_n_steps": 1}

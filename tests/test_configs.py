@@ -20,6 +20,7 @@ GROUPS = ("data", "experiment", "logger", "model", "stage", "sweep", "trainer")
 COMMANDS = (
     "benchmark",
     "consolidate",
+    "diagnose",
     "embed",
     "evaluate",
     "export",
