@@ -105,8 +105,7 @@ def smaller(name, overrides):
     config = composed(name, overrides)[0]
     values: dict[str, object] = {}
     data, model = config.get("data", {}), config.get("model", {})
-    if "batch_size" in data:
-        values |= {"data.batch_size": 2, "data.num_workers": 0}
+    values |= {f"data.{key}": small for key, small in (("batch_size", 2), ("num_workers", 0)) if key in data}
     if data.get("global_batch_size"):
         values["data.global_batch_size"] = "null"
     if model.get("name"):
