@@ -10,8 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FINISHED = {"pretrain": "encoder.safetensors", "finetune": "encoder.safetensors", "evaluate": "result.json"}
+FINISHED = {
+    "pretrain": "encoder.safetensors",
+    "finetune": "encoder.safetensors",
+    "evaluate": "result.json",
+    "diagnose": "signal.png",
+}
 """What each command writes last."""
+
+TRAINING = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Run:
 
     @property
     def words(self) -> list[str]:
-        resume = [] if self.command == "evaluate" else ["resume=auto"]
+        resume = ["resume=auto"] if self.command in TRAINING else []
         return ["-m", f"simmim.{self.command}", *self.settings, f"name={self.name}", *resume]
 
     @property

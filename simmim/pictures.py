@@ -63,12 +63,14 @@ class Panel:
         xlabel: With its unit.
         ylabel: Likewise.
         logarithmic: Whether x is.
+        logarithmic_y: Whether y is.
     """
 
     points: Sequence[Point]
     xlabel: str
     ylabel: str
     logarithmic: bool = False
+    logarithmic_y: bool = False
 
 
 def four_panels(original: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
@@ -263,6 +265,8 @@ def draw_runs(
         if panel.logarithmic:
             axis.set_xscale("log")
             _tick_values(axis, panel.points)
+        if panel.logarithmic_y:
+            axis.set_yscale("log")
         axis.margins(x=0.12, y=0.12)
         axis.set_xlabel(panel.xlabel)
         axis.set_ylabel(panel.ylabel)

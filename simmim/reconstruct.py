@@ -77,6 +77,8 @@ def load_pretraining(path: Path, *, target: str | None = None) -> Pretraining:
     checkpoint = newest_checkpoint(path, key="encoder")
     read_encoder_weights(checkpoint)  # says in one line what is wrong with a file that is none of ours
     state = load(checkpoint, keep="/state_dict/")
+    if "objective" not in state["hyper_parameters"]:
+        raise ValueError(f"encoder={path} was not pretrained but fine-tuned, and has no head that predicts pixels")
     task = Pretraining(**state["hyper_parameters"])
     task.load_state_dict(state["state_dict"], assign=True)
     return task.eval()

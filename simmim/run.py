@@ -20,10 +20,12 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from simmim.command import Config, accumulation, check_devices, precision_of, save_config, world_size
 from simmim.processes import cluster_environments
-from simmim.run_folder import UNREADABLE, shown, step_of
+from simmim.run_folder import SIGNAL, SKIPPED, UNREADABLE, shown, step_of
 from simmim.tasks.task import Task
-from simmim.training.callbacks import NonFiniteSteps, Progress, UnreadableImages, ValidationOnResume
+from simmim.training.callbacks import Progress, UnreadableImages, ValidationOnResume
 from simmim.training.checkpoint import Checkpointing, Checkpoints, Stopped
+from simmim.training.diagnostics import Diagnostics
+from simmim.training.guard import Guard
 from simmim.training.loggers import closing, create_loggers
 from simmim.training.sharding import ShardedStrategy
 
@@ -220,7 +222,7 @@ def create_trainer(
     where a run stands.
     """
     settings, output_dir = config["trainer"], Path(config["output_dir"])
-    accumulate = accumulation(config)
+    accumulate, every = accumulation(config), config["diagnostics"]["every_n_steps"]
     return Trainer(
         accelerator=settings["accelerator"],
         strategy=create_strategy(config),
@@ -250,7 +252,8 @@ def create_trainer(
             ),
             *callbacks,
             ValidationOnResume(every_n_steps=length.steps_between_validations),
-            NonFiniteSteps(limit=settings["max_nonfinite_steps"]),
+            *([Diagnostics(output_dir / SIGNAL, every_n_steps=every)] if every else []),
+            Guard(output_dir / SKIPPED, seed=config["seed"], **config["guard"]),
             Checkpoints(
                 output_dir,
                 every_n_steps=min(config["checkpoint"]["every_n_steps"], length.steps_per_epoch),

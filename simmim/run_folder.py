@@ -10,6 +10,8 @@ from pathlib import Path
 CHECKPOINTS = "checkpoints"
 ENCODER = "encoder.safetensors"
 UNREADABLE = "bad_images.txt"
+SKIPPED = "skipped.csv"
+SIGNAL = "signal.csv"
 
 
 def checkpoint_name(step: int) -> str:

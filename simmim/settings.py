@@ -182,7 +182,6 @@ LENGTH: Section = {
     "max_epochs": number(0, EPOCHS, above=True),
     "max_steps": count() | NULL,
     "accumulate_grad_batches": count(),
-    "max_nonfinite_steps": whole(),
 }
 
 MASKING: Section = {"strategy": WORD, "patch_size": PIXELS, "ratio": RATIO}
@@ -226,6 +225,13 @@ TRAINING: Section = {
         }
     ),
     "checkpoint": {"every_n_steps": count(), "keep": whole(2) | NULL, "on_error": WORD},
+    "guard": {
+        "max_norm_ratio": number(1, above=True) | NULL,
+        "window": count(10**6),
+        "warmup_steps": count(10**6),
+        "max_in_a_row": whole(),
+    },
+    "diagnostics": {"every_n_steps": whole() | NULL},
     "log_every_n_steps": count(),
 }
 
@@ -389,6 +395,25 @@ BENCHMARK: Section = {
     "seed": SEED,
 }
 
+DIAGNOSE: Section = {
+    **RUN,
+    "diagnosis": WORD,
+    "encoder": TEXT | several(TEXT) | NULL,
+    "initial": FLAG,
+    "models": several(WORD) | NULL,
+    "out": TEXT | NULL,
+    "seed": SEED,
+    "data": section_of(
+        SOURCES,
+        "source",
+        {"source": WORD, "channels": count(1000), "max_value": MAX_VALUE, "image_size": IMAGE_SIZE},
+        {"batch_size": count(2**16), "mean": MEAN, "std": STD},
+    ),
+    "model": MODEL,
+    "masking": MASKING,
+    "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
+}
+
 CONSOLIDATE: Section = {**RUN, "checkpoint": TEXT, "out": TEXT | NULL}
 
 EXPORT: Section = {
@@ -405,6 +430,7 @@ REPORT: Section = {**RUN, "folder": TEXT, "finetuned": TEXT | NULL, "out": TEXT 
 
 SETTINGS: dict[str, Section] = {
     "consolidate": CONSOLIDATE,
+    "diagnose": DIAGNOSE,
     "embed": EMBED,
     "evaluate": EVALUATE,
     "export": EXPORT,

@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(?:^ *<!-- (?P<mark>[a-z]+)(?P<why>:[^>]+)? -->\n+)?^(?P<in
 MARKS = {"": False, "refused": False, "composed": True, "typed": True}
 """And whether each must say why."""
 
-POSITIONAL = {"consolidate": "checkpoint", "inspect": "encoder", "report": "folder"}
+POSITIONAL = {"consolidate": "checkpoint", "diagnose": "diagnosis", "inspect": "encoder", "report": "folder"}
 """What a command may be given without its key, as the first word."""
 
 STEPS = {"trainer.max_steps": 1, "log_every_n_steps": 1}
@@ -105,8 +105,7 @@ def smaller(name, overrides):
     config = composed(name, overrides)[0]
     values: dict[str, object] = {}
     data, model = config.get("data", {}), config.get("model", {})
-    if "batch_size" in data:
-        values |= {"data.batch_size": 2, "data.num_workers": 0}
+    values |= {f"data.{key}": small for key, small in (("batch_size", 2), ("num_workers", 0)) if key in data}
     if data.get("global_batch_size"):
         values["data.global_batch_size"] = "null"
     if model.get("name"):

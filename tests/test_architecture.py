@@ -17,6 +17,7 @@ MODULES = {
 NAMES = (
     "benchmark",
     "consolidate",
+    "diagnose",
     "embed",
     "evaluate",
     "export",
@@ -40,7 +41,8 @@ LEVELS = [
     {"simmim.command"},
     {"simmim.plan"},  # a command, which another one may ask for advice
     {"simmim.run", "simmim.stages", "simmim.embedding", "simmim.sweep_results"},
-    COMMANDS - {"simmim.plan"},
+    {"simmim.reconstruct"},  # likewise: it opens a pretraining run
+    COMMANDS - {"simmim.plan", "simmim.reconstruct"},
 ]
 HYDRA = {"hydra", "omegaconf"}
 

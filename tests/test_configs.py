@@ -21,6 +21,7 @@ GROUPS = ("data", "experiment", "logger", "model", "stage", "sweep", "trainer")
 COMMANDS = (
     "benchmark",
     "consolidate",
+    "diagnose",
     "embed",
     "evaluate",
     "export",

@@ -1,7 +1,6 @@
 """The command as its users run it, at the size of the debug experiment."""
 
 import csv
-import itertools
 import json
 import math
 
@@ -329,38 +328,3 @@ def test_each_option_of_the_paper_trains(finished, tmp_path, option):
     assert section == "trainer" or str(settings[section][name]) == value
     if section not in ("model", "schedule"):  # these leave the first loss as it is
         assert losses(tmp_path)[1] != losses(folder)[1]
-
-
-def poison(monkeypatch, *calls):
-    """Makes the loss of these training batches, counted from 0, infinite."""
-    forward, seen = MaskedImageModel.forward, []
-
-    def poisoned(network, *inputs):
-        loss = forward(network, *inputs)
-        if network.training:
-            seen.append(None)
-            loss = loss * math.inf if len(seen) - 1 in calls else loss
-        return loss
-
-    monkeypatch.setattr(MaskedImageModel, "forward", poisoned)
-
-
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, caplog):
-    settings = ("checkpoint.every_n_steps=1", "checkpoint.keep=null", "optimizer.ema_decay=0.9")
-    poison(monkeypatch, 2, 3, 5)
-    run(tmp_path, *settings, "trainer.max_nonfinite_steps=2")
-    states = [torch.load(path, weights_only=True)["state_dict"] for path in list_checkpoints(tmp_path)]
-    unchanged = [
-        all(torch.equal(before[key], after[key]) for key in before) for before, after in itertools.pairwise(states)
-    ]
-    assert unchanged == [False, True, True, False, True, False, False]
-    assert caplog.text.count("the step is left out") == 3
-    assert all(value.isfinite().all() for value in states[-1].values())
-
-
-def test_too_many_of_them_in_a_row_stop_the_run(tmp_path, monkeypatch):
-    poison(monkeypatch, 1, 3, 4, 5)
-    with pytest.raises(ValueError, match=r"not finite for 3 steps in a row.*trainer\.max_nonfinite_steps.*base_lr"):
-        run(tmp_path, "trainer.max_nonfinite_steps=2", "checkpoint.every_n_steps=1")
-    last = torch.load(list_checkpoints(tmp_path)[-1], weights_only=True)["state_dict"]
-    assert all(value.isfinite().all() for value in last.values())

@@ -244,6 +244,18 @@ class ImageData(LightningDataModule):
         )
         return self._loader(self.train_samples, stream)
 
+    def keys_of_step(self, step: int, images: int) -> list[SampleKey]:
+        """Epoch and index of the samples of an optimizer step, of all processes: what rebuilds its batch exactly.
+
+        `collate([self.train_samples[key] for key in keys])` is that batch, in the order of the processes.
+
+        Args:
+            step: Counted from 1, as in `metrics.csv`.
+            images: That a step has, of all processes and batches.
+        """
+        stream = SampleStream(len(self.train_samples), images, num_batches=step, start=step - 1, seed=self.seed)
+        return next(iter(stream))
+
     def val_dataloader(self) -> WatchedLoader:
         """The same images with the same masks every time, dealt to the processes."""
         return self.batches_of(self.val_samples, range(len(self.val_samples)))

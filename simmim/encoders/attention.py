@@ -93,7 +93,16 @@ def reference_attention(
     qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
 ) -> Tensor:
     """The formula as it stands: softmax(scale * cos(query, key) + bias) value, up to the softmax in fp32."""
-    query, key, value = qkv.permute(0, 3, 1, 4, 2)  # (W, n, T, d)
+    value = qkv[2].permute(2, 0, 3, 1)  # (W, n, T, d)
+    x: Tensor = attention_weights(qkv, similarity, table, window, regions).to(value.dtype) @ value
+    return x.permute(1, 3, 0, 2)
+
+
+def attention_weights(
+    qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
+) -> Tensor:
+    """What each query gives to each key, softmax(scale * cos(query, key) + bias): (W, n, T, T), in fp32."""
+    query, key, _ = qkv.permute(0, 3, 1, 4, 2)  # (W, n, T, d)
     with torch.autocast(qkv.device.type, enabled=False):
         query, key = _promoted(query), _promoted(key)
         if similarity.cosine:
@@ -101,9 +110,40 @@ def reference_attention(
         products = query @ key.transpose(-2, -1)  # (W, n, T, T)
         bias = _bias(table, window, regions)  # (1 or N, n, T, T)
         logits = products.view(-1, *bias.shape) * similarity.scale[:, None, None] + bias
-        probabilities = logits.softmax(dim=-1).view_as(products).to(value.dtype)
-    x: Tensor = probabilities @ value  # (W, n, T, d)
-    return x.permute(1, 3, 0, 2)
+        return logits.softmax(dim=-1).view_as(products)
+
+
+@torch.no_grad()
+def highest_weights(qkv: Tensor, *, log_scale: Tensor | None, table: Tensor, geometry: Geometry) -> Tensor:
+    """What the queries of each head give to the key that they attend to most, on average over queries and windows.
+
+    Between 1/T, where all keys get alike, and 1, where one gets all. Some windows of one head are looked at at a time.
+
+    Args:
+        qkv: See `window_attention`, as all that follow.
+        log_scale: (n, 1, 1), or None for the dot product.
+        table: (n, 2h - 1, 2w - 1).
+        geometry: The windows.
+
+    Returns:
+        (n,), in fp32.
+    """
+    similarity, regions = Similarity.of(log_scale, table, qkv.shape[2]), geometry.regions
+    image = 1 if regions is None else len(regions)  # windows that must stay together
+    at_a_time = image * max(1, LOGITS_AT_A_TIME // (image * qkv.shape[4] ** 2))
+    real = torch.ones(qkv.shape[3:], device=qkv.device)  # (W, T), 0 in padding
+    if regions is not None:
+        real *= regions.ne(PADDING).repeat(len(real) // image, 1)
+    totals = []
+    for head in range(qkv.shape[1]):
+        one = slice(head, head + 1)
+        alone = Similarity(similarity.cosine, similarity.scale[one])
+        highest = [
+            attention_weights(windows, alone, table[one], geometry.window, regions).amax(-1).squeeze(1)  # (W, T)
+            for windows in torch.split(qkv[:, one], at_a_time, dim=3)
+        ]
+        totals.append((torch.cat(highest) * real).sum())
+    return torch.stack(totals) / real.sum()
 
 
 def sdpa_attention(

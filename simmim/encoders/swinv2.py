@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from simmim.encoders.attention import resolve_implementation, window_attention
+from simmim.encoders.attention import highest_weights, resolve_implementation, window_attention
 from simmim.encoders.mlp import MLP
 from simmim.encoders.position_bias import OFFSETS, PositionBiasTable, create_position_bias
 from simmim.encoders.windows import Geometry, Windows, merge, places, regions, reorder
@@ -70,10 +70,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
         """Attends within each window: (B, N, T, C) -> (B, N, T, C), or (K, C) of the B * N * T tokens in rows."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = torch.addmm(bias[:, None], self.qkv.weight, x.flatten(0, 2).t())  # (3C, B * N * T)
         out = window_attention(
-            qkv.view(3, self.num_heads, -1, x.shape[0] * x.shape[1], x.shape[2]),  # (3, n, d, B * N, T)
+            self._project(x),
             log_scale=self.logit_scale,
             table=self.position_bias(geometry.offsets),
             geometry=geometry,
@@ -83,6 +81,20 @@ class WindowAttention(nn.Module):
         if rows is not None:
             return self.proj(out[rows])  # type: ignore[no-any-return]
         return self.proj(out).view(x.shape)  # type: ignore[no-any-return]
+
+    def highest_weights(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """By how much each head is dominated by single keys, on the tokens (B, N, T, C) of `forward`: (n,).
+
+        See `simmim.encoders.attention.highest_weights`.
+        """
+        table = self.position_bias(geometry.offsets)
+        return highest_weights(self._project(x), log_scale=self.logit_scale, table=table, geometry=geometry)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: (B, N, T, C) -> (3, n, d, B * N, T)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = torch.addmm(bias[:, None], self.qkv.weight, x.flatten(0, 2).t())  # (3C, B * N * T)
+        return qkv.view(3, self.num_heads, -1, x.shape[0] * x.shape[1], x.shape[2])
 
 
 class PostNorm(nn.LayerNorm):

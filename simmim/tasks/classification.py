@@ -112,6 +112,10 @@ class Classification(Task):
             images, targets = self.mix(images, targets)
         return self.network(images, targets)  # type: ignore[no-any-return]
 
+    def look(self, batch: dict[str, Any]) -> None:
+        """Without mixing, which would draw random numbers."""
+        self.network.logits(self.normalize(batch["image"]))
+
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """The loss, without smoothing, and what the metrics count."""
         counts, labels = batch["counts"], batch["label"][batch["counts"]]

@@ -190,6 +190,10 @@ class Pretraining(Task):
         """Of the pixels that the objective counts."""
         return self.network(self.normalize(batch["image"]), batch["mask"])  # type: ignore[no-any-return]
 
+    def look(self, batch: dict[str, Any]) -> None:
+        """With its masks; the loss alone would compute the last block for the hidden cells only."""
+        self.network.reconstruct(self.normalize(batch["image"]), batch["mask"])
+
     def describe(self, metrics: dict[str, Any]) -> str:
         """The loss, and what it is worth."""
         loss, trivial = float(metrics["val_loss"]), float(metrics["val_loss_visible_mean"])

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from simmim.data.decoding import EIGHT_BIT
 from simmim.seeding import derive_seed
+from simmim.training.guard import Guard
 from simmim.training.optimizer import clip_gradients, create_optimizer, follow
 from simmim.training.schedule import create_schedule
 from simmim.training.sharding import ShardedStrategy, fill
@@ -36,11 +37,14 @@ class Task(LightningModule):
     Attributes:
         network: What is trained. Built on the meta device: `configure_model` gives it its values.
         average: The running average, or None.
-        step_skipped: Whether the last optimizer step was left out, because its gradient was not finite.
+        guard: Decides which optimizer steps are taken; it comes by itself when a run begins.
+        step_skipped: Whether the last optimizer step was left out.
     """
 
     mean: Tensor
     std: Tensor
+    guard: Guard
+    step_loss: Tensor
 
     def __init__(
         self,
@@ -79,6 +83,10 @@ class Task(LightningModule):
         """The loss of one training batch."""
         raise NotImplementedError
 
+    def look(self, batch: dict[str, Any]) -> None:
+        """Lets the network see all tokens of a training batch, as they are trained: for those who watch the encoder."""
+        raise NotImplementedError
+
     def describe(self, metrics: dict[str, Any]) -> str:
         """A validation in words, from what it logged."""
         raise NotImplementedError
@@ -96,8 +104,8 @@ class Task(LightningModule):
         loss = self.loss(batch)
         self.micro_losses.append(loss.detach())
         if (batch_index + 1) % self.trainer.accumulate_grad_batches == 0:
-            loss_of_step = torch.stack(self.micro_losses).mean()  # of the whole batch, accumulated or not
-            self.log("train_loss", loss_of_step, sync_dist=True)
+            self.step_loss = torch.stack(self.micro_losses).mean()  # of the whole batch, accumulated or not
+            self.log("train_loss", self.step_loss, sync_dist=True)
             self.log("step", float(self.global_step + 1))  # the x axis of all loggers: optimizer steps done
             self.micro_losses.clear()
         return loss
@@ -116,13 +124,13 @@ class Task(LightningModule):
     ) -> None:
         """Clips by the norm of all gradients together, and logs that norm and the learning rate of the step.
 
-        Where the norm is not finite the gradients are dropped, and so the step changes nothing.
+        Where the guard refuses the step the gradients are dropped, and so it changes nothing.
         """
         assert gradient_clip_val is not None
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))
         norm = clip_gradients(self.network.parameters(), gradient_clip_val)
         self.log("grad_norm", norm)
-        self.step_skipped = not bool(norm.isfinite())
+        self.step_skipped = self.guard.refuses(self.trainer, loss=float(self.step_loss), norm=float(norm))
         if self.step_skipped:
             optimizer.zero_grad()
 

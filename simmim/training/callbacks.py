@@ -320,39 +320,5 @@ class UnreadableImages(Callback):
             self.unwritten, self.waiting = "", False
 
 
-class NonFiniteSteps(Callback):
-    """Counts the optimizer steps in a row that were left out, and stops the run when they are too many.
-
-    Args:
-        limit: So many in a row are borne.
-    """
-
-    def __init__(self, *, limit: int) -> None:
-        self.limit = limit
-        self.in_a_row = 0
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Looks at each optimizer step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        self.in_a_row = self.in_a_row + 1 if pl_module.step_skipped else 0
-        if self.in_a_row > self.limit:
-            raise ValueError(
-                f"the loss or its gradient was not finite for {self.in_a_row} steps in a row, more than "
-                "trainer.max_nonfinite_steps: those steps changed nothing, the checkpoints are good; try a smaller "
-                "optimizer.base_lr or optimizer.clip_grad_norm, or trainer.precision=32-true"
-            )
-        if self.in_a_row:
-            log.warning(f"step {trainer.global_step}: the loss or its gradient is not finite, the step is left out")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The count, so that a resumed run goes on with it."""
-        return {"in_a_row": self.in_a_row}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the count up again."""
-        self.in_a_row = state_dict["in_a_row"]
-
-
 def _lr(trainer: Trainer) -> float:
     return float(max(group["lr"] for group in trainer.optimizers[0].param_groups))

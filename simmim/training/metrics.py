@@ -1,9 +1,10 @@
-"""`metrics.csv`: one row a logged step, whole after a crash, continued by a resumed run."""
+"""Tables of a run that grow with its steps: whole after a crash, continued by a resumed run."""
 
 import csv
 import io
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile(Logger):
-    """Appends each row as it comes, where Lightning's own logger starts the file anew when a run is resumed.
+    """`metrics.csv`: one row a logged step, appended as it comes.
 
+    Lightning's own logger would start the file anew when a run is resumed.
     Rows for which there is no room on the disk wait in memory.
 
     Args:
@@ -37,7 +39,7 @@ class MetricsFile(Logger):
             with path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or self.columns)
-                self.rows = [row for row in reader if int(row["step"]) < until_step + bool(row.get("train_loss"))]
+                self.rows = [row for row in reader if int(row["step"]) < until_step + (not row.get("val_loss"))]
 
     @property
     def name(self) -> str:
@@ -97,4 +99,48 @@ class MetricsFile(Logger):
     def _lines(self, rows: list[dict[str, Any]]) -> str:
         text = io.StringIO(newline="")
         csv.DictWriter(text, self.columns).writerows(rows)
+        return text.getvalue()
+
+
+class StepTable:
+    """A CSV file with some rows for some optimizer steps. Only the first process may write it.
+
+    Rows for which there is no room on the disk wait in memory.
+
+    Args:
+        path: The file; there is none before the first row.
+        columns: Of the table, besides `step`, which is the first.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path = path
+        self.columns = ["step", *columns]
+        self.unwritten: list[dict[str, Any]] = []
+
+    def begin(self, step: int) -> None:
+        """Drops what an earlier part of the run has written of steps behind the one that it continues from."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        with whole_file(self.path) as temporary:
+            temporary.write_text(self._lines(kept, header=True), newline="")
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Appends rows."""
+        waiting = bool(self.unwritten)
+        self.unwritten += rows
+        try:
+            append(self.path, self._lines(self.unwritten, header=not self.path.exists()))
+            self.unwritten = []
+        except OSError as error:
+            if not waiting:
+                log.warning(f"{shown(self.path)} cannot be written ({error.strerror}): its rows wait in memory")
+
+    def _lines(self, rows: Sequence[dict[str, Any]], *, header: bool) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
         return text.getvalue()

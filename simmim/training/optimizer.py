@@ -53,8 +53,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     Returns:
         The norm before.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return _whole(nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Their norm, over all of them and all processes together: a scalar."""
+    return _whole(nn.utils.get_total_norm(gradients))
 
 
 @torch.no_grad()
@@ -69,3 +73,7 @@ def follow(average: Iterable[nn.Parameter], weights: Iterable[nn.Parameter], *, 
     """
     ours, theirs = ([p.to_local() if isinstance(p, DTensor) else p.detach() for p in ps] for ps in (average, weights))
     torch._foreach_lerp_(ours, theirs, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -15,6 +15,12 @@ def total_over_ranks(trainer: Trainer, *numbers: float) -> list[float]:
     return total
 
 
+def mean_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """The mean over all processes of values (...) that each has computed of its own images."""
+    mean: Tensor = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
+    return mean
+
+
 def rows_of_all_ranks(trainer: Trainer, rows: Tensor) -> Tensor:
     """Rows (n, ...) of all processes below one another, (N, ...): of any number n, each calls it at the same point."""
     return rows if trainer.world_size == 1 else torch.cat(gather_all_tensors(rows))

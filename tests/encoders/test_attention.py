@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from simmim.encoders import attention
-from simmim.encoders.attention import IMPLEMENTATIONS, MAX_LOG_SCALE, resolve_implementation, window_attention
+from simmim.encoders.attention import (
+    IMPLEMENTATIONS,
+    MAX_LOG_SCALE,
+    highest_weights,
+    resolve_implementation,
+    window_attention,
+)
 from simmim.encoders.windows import Geometry, Windows, regions
 
 CPU = torch.device("cpu")
@@ -91,6 +97,36 @@ def test_forward_of_flex_equals_reference(shape: Windows, cosine: bool) -> None:
     flex, expected = (window_attention(**values, geometry=geometry, implementation=n) for n in ("flex", "reference"))
     real = 1 if geometry.regions is None else geometry.regions.ge(0).repeat(IMAGES, 1)
     assert (flex * real - expected * real).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_the_highest_weights_by_hand(shape: Windows, cosine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pair by pair, padding left out, whatever is looked at at a time."""
+    monkeypatch.setattr(attention, "LOGITS_AT_A_TIME", shape.shape[0] * shape.shape[1] ** 2)
+    values: dict[str, Any] = {key: value.detach() for key, value in inputs(shape, cosine=cosine).items()}
+    (_, width), (windows, tokens), where = shape.window, shape.shape, regions(shape, CPU)
+    query, key = values["qkv"][0], values["qkv"][1]  # (n, d, W, T)
+    scale = [CHANNELS**-0.5] * HEADS
+    if cosine:
+        query, key = query / query.norm(dim=1, keepdim=True), key / key.norm(dim=1, keepdim=True)
+        scale = values["log_scale"].flatten().clamp(max=math.log(100)).exp().tolist()
+    at = torch.arange(tokens)
+    rows, columns = (at[:, None] // width - at // width), (at[:, None] % width - at % width)
+    expected = []
+    for head in range(HEADS):
+        table, highest = values["table"][head], []
+        bias = table[rows + shape.window[0] - 1, columns + width - 1]  # (T, T)
+        for window in range(IMAGES * windows):
+            logits = scale[head] * query[head, :, window].t() @ key[head, :, window] + bias
+            kind = torch.zeros(tokens) if where is None else where[window % windows]
+            logits = torch.where(kind[:, None] == kind, logits, logits - 100)
+            logits = logits.masked_fill(kind.lt(0), -torch.inf)[kind.ge(0)]
+            highest += logits.softmax(1).amax(1).tolist()
+        expected.append(sum(highest) / len(highest))
+    geometry = Geometry(shape.window, torch.empty(0), where)
+    found = highest_weights(**{"log_scale": None, **values}, geometry=geometry)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 def test_flex_refuses_to_train_on_a_cpu() -> None:

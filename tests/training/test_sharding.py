@@ -33,6 +33,8 @@ LENGTH = ["trainer.max_steps=20", "trainer.max_epochs=5", "pictures=1", "data.va
 EXACT = [*LENGTH, "optimizer.eps=1e-6", "objective.loss=l2"]
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "data.batch_size=4"]
 SHARDED = ["trainer=fsdp", *TWO]
+WATCHED = ["diagnostics.every_n_steps=9"]
+GUARDED = ["guard.max_norm_ratio=1.05", "guard.window=5", "guard.warmup_steps=3", "guard.max_in_a_row=20"]
 G = [
     "model=swinv2_g", "model.depths=[2,2,42,4]", "model.embed_dim=8", "model.num_heads=[1,1,2,2]",
     "model.window_size=2", "data.image_size=64", "masking.patch_size=32", "optimizer.clip_grad_norm=100",
@@ -57,8 +59,8 @@ def torchrun(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=cwd)
 
 
-def rows(folder):
-    with (folder / "metrics.csv").open() as file:
+def rows(folder, table="metrics.csv"):
+    with (folder / table).open() as file:
         return list(csv.DictReader(file))
 
 
@@ -78,7 +80,8 @@ def alone(tmp_path_factory):
     """Runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
     one(folder / "l1", *LENGTH, "optimizer.eps=1e-6")
-    one(folder / "plain", *EXACT, "checkpoint.every_n_steps=3", "checkpoint.keep=null")
+    one(folder / "plain", *EXACT, *WATCHED, "checkpoint.every_n_steps=3", "checkpoint.keep=null")
+    one(folder / "guarded", *EXACT, *GUARDED)
     one(
         folder / "averaged", *EXACT, "optimizer.ema_decay=0.9", "trainer.accumulate_grad_batches=2", "data.batch_size=4"
     )
@@ -94,14 +97,16 @@ def together(tmp_path_factory, alone):
     folder = tmp_path_factory.mktemp("together")
     half = ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]
     runs = {
-        "plain": [*SHARDED, *EXACT, "checkpoint.every_n_steps=3", "checkpoint.keep=null"],
+        "plain": [*SHARDED, *EXACT, *WATCHED, "checkpoint.every_n_steps=3", "checkpoint.keep=null"],
+        "guarded": [*SHARDED, *EXACT, *GUARDED],
         "averaged": [*SHARDED, *EXACT, *half, "optimizer.ema_decay=0.9"],
-        "gathered": [*SHARDED, *EXACT, "trainer.reshard_after_forward=false", "trainer.activation_checkpointing=[1,3]"],
+        "gathered": [*SHARDED, *EXACT, *WATCHED, "trainer.reshard_after_forward=false",
+                     "trainer.activation_checkpointing=[1,3]"],
         "layered": [*SHARDED, *EXACT, "optimizer.layer_decay=0.7"],
         "table": [*SHARDED, *EXACT, "model.position_bias=table"],
-        "compiled": [*SHARDED, *EXACT, "trainer.compile=true", "trainer.activation_checkpointing=all"],
+        "compiled": [*SHARDED, *EXACT, *WATCHED, "trainer.compile=true", "trainer.activation_checkpointing=all"],
         "bf16": [*SHARDED, *EXACT, "trainer.precision=bf16-mixed"],
-        "ddp": ["trainer=ddp", *TWO, *EXACT, *half],
+        "ddp": ["trainer=ddp", *TWO, *EXACT, *WATCHED, *half],
         "from_file": [*SHARDED, *EXACT, f"resume={alone}/plain/checkpoints/step_0000009.ckpt"],
         "from_encoder": [*SHARDED, *EXACT, f"encoder={alone}/plain", "optimizer.base_lr=1e-12",
                          "optimizer.weight_decay=0", "trainer.max_steps=1"],
@@ -119,6 +124,26 @@ def facts(folder, name):
 def test_two_processes_train_as_one(alone, together, name):
     assert_equal_metrics(together / name, alone / "plain")
     assert_equal_metrics(together / name, alone / "plain", atol=1e-5, keys=("grad_norm",))
+
+
+@pytest.mark.parametrize("name", ["plain", "gathered", "compiled", "ddp"])
+def test_what_is_measured_of_an_encoder_is_that_of_all_processes(alone, together, name):
+    ours, theirs = (rows(folder, "signal.csv") for folder in (together / name, alone / "plain"))
+    assert [(row["step"], row["part"]) for row in ours] == [(row["step"], row["part"]) for row in theirs] != []
+    keys = ["gradient_norm"]  # with accumulation, features are those of the first batch alone
+    keys += [] if name == "ddp" else ["variance", "attention_mean", "attention_max"]
+    for key in keys:
+        found, expected = ([float(row[key]) for row in table if row[key]] for table in (ours, theirs))
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6), key
+
+
+def test_processes_leave_out_the_same_steps(alone, together):
+    ours, theirs = (rows(folder / "guarded", "skipped.csv") for folder in (together, alone))
+    steps = [row["step"] for row in theirs]
+    assert 1 < len(steps) < 15
+    assert [(row["step"], row["samples"]) for row in ours] == [(row["step"], row["samples"]) for row in theirs]
+    assert_equal_metrics(together / "guarded", alone / "guarded")
+    assert_equal_metrics(together / "guarded", alone / "guarded", keys=("skipped_steps",))
 
 
 def test_layers_have_their_own_learning_rates(alone, together):
