@@ -3,17 +3,31 @@
 import inspect
 from typing import Any
 
-from simmim.encoders import swin, swinv2
+from simmim.encoders import swin, swinv2, vit
 from simmim.encoders.encoder import Encoder
 from simmim.encoders.swinv2 import SwinTransformerV2
+from simmim.encoders.vit import VisionTransformer
 
-__all__ = ["ENCODERS", "SIZES", "Encoder", "SwinTransformerV2", "architecture_of", "create_encoder", "settings_of"]
+__all__ = [
+    "ENCODERS",
+    "PUBLISHED",
+    "SIZES",
+    "Encoder",
+    "SwinTransformerV2",
+    "VisionTransformer",
+    "architecture_of",
+    "create_encoder",
+    "settings_of",
+]
 
-ENCODERS: dict[str, type[Encoder]] = {encoder.architecture: encoder for encoder in (SwinTransformerV2,)}
+ENCODERS: dict[str, type[Encoder]] = {
+    encoder.architecture: encoder for encoder in (SwinTransformerV2, VisionTransformer)
+}
 """All architectures."""
 
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "swinv2": {name: swinv2.V2 | size for name, size in swinv2.SIZES.items()} | swin.SIZES,
+    "vit": vit.SIZES,
 }
 """The published sizes of each; those of both versions of Swin, with what makes each the one or the other."""
 
@@ -48,8 +62,8 @@ def create_encoder(name: str, **settings: Any) -> Encoder:
     """Makes an encoder of a published size, or of one's own.
 
     Args:
-        name: "swinv2_t", "_s", "_b", "_l", "_h", "_g"; "swin_t", "_s", "_b", "_l" of the first version; or the name of
-            an architecture, "swinv2", for a size of one's own, given in full.
+        name: "swinv2_t", "_s", "_b", "_l", "_h", "_g"; "swin_t", "_s", "_b", "_l" of the first version; "vit_s",
+            "_b", "_l"; or the name of an architecture, "swinv2" or "vit", for a size of one's own, given in full.
         **settings: Arguments of the class of the architecture, `window_size` at least. What is None or left out is as
             published, or as usual for the architecture; a setting that it does not have must be None.
 

@@ -10,7 +10,7 @@ window's height and width in tokens, T = h * w; in sequential attention, m matri
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -89,17 +89,36 @@ def window_attention(
     return attend(qkv, similarity, table, geometry.window, geometry.regions)
 
 
+def pairwise_attention(qkv: Tensor, *, bias: Tensor, implementation: str) -> Tensor:
+    """Attention by dot products over all tokens of an image, each pair with a bias of its own.
+
+    Args:
+        qkv: Queries, keys and values: (3, n, d, W, T).
+        bias: (n, T, T), added to the scaled products, queries before keys.
+        implementation: "auto" or a key of `PAIRWISE`.
+
+    Returns:
+        (n, d, W, T) in the precision of qkv.
+    """
+    attend = PAIRWISE[resolve_implementation(implementation, qkv.device, PAIRWISE)]
+    return attend(qkv, Similarity.of(None, bias, qkv.shape[2]), bias[None])
+
+
 def reference_attention(
     qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
 ) -> Tensor:
     """The formula as it stands: softmax(scale * cos(query, key) + bias) value, up to the softmax in fp32."""
+    return _spelt_out(qkv, similarity, _bias(table, window, regions))
+
+
+def _spelt_out(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
+    """The formula, with the bias of each pair of tokens: (1 or N, n, T, T)."""
     query, key, value = qkv.permute(0, 3, 1, 4, 2)  # (W, n, T, d)
     with torch.autocast(qkv.device.type, enabled=False):
         query, key = _promoted(query), _promoted(key)
         if similarity.cosine:
             query, key = _unit(query), _unit(key)
         products = query @ key.transpose(-2, -1)  # (W, n, T, T)
-        bias = _bias(table, window, regions)  # (1 or N, n, T, T)
         logits = products.view(-1, *bias.shape) * similarity.scale[:, None, None] + bias
         probabilities = logits.softmax(dim=-1).view_as(products).to(value.dtype)
     x: Tensor = probabilities @ value  # (W, n, T, d)
@@ -110,8 +129,12 @@ def sdpa_attention(
     qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
 ) -> Tensor:
     """The same through PyTorch's `scaled_dot_product_attention`, whose fused kernels take one batch dimension."""
+    return _fused(qkv, similarity, _bias(table, window, regions))
+
+
+def _fused(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
+    """The same as `_spelt_out`."""
     query, key, value = qkv.permute(0, 3, 1, 4, 2)
-    bias = _bias(table, window, regions)
     query, key, joined = (  # windows with a bias each become heads, so that the images share it
         x.reshape(-1, math.prod(bias.shape[:2]), *x.shape[2:]) for x in (*similarity.operands(query, key), value)
     )
@@ -164,21 +187,27 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Similarity, Tensor, Window, Tensor 
 }
 
 
-def resolve_implementation(name: str, device: torch.device) -> str:
+PAIRWISE: dict[str, Callable[[Tensor, Similarity, Tensor], Tensor]] = {"reference": _spelt_out, "sdpa": _fused}
+"""Those that take any bias of pairs of tokens, and not only one by the offset between places of a window."""
+
+
+def resolve_implementation(name: str, device: torch.device, among: Collection[str] = IMPLEMENTATIONS) -> str:
     """The implementation that `auto` stands for; other names are checked and returned.
 
     Args:
-        name: "auto" or a key of `IMPLEMENTATIONS`.
+        name: "auto" or one of those.
         device: Where.
+        among: Those that there are.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is none of them.
     """
-    if name != "auto" and name not in IMPLEMENTATIONS:
-        raise ValueError(f"model.attention={name} is unknown: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if name != "auto":
-        return name
-    return "sequential" if device.type == "cpu" else "sdpa"
+    if name == "auto":
+        return "sequential" if device.type == "cpu" and "sequential" in among else "sdpa"
+    if name not in among:
+        word = "unknown" if name not in IMPLEMENTATIONS else "for attention within windows"
+        raise ValueError(f"model.attention={name} is {word}: choose one of auto, {', '.join(among)}")
+    return name
 
 
 def _unit(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
