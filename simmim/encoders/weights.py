@@ -19,6 +19,7 @@ from simmim.encoders.position_bias import move_table
 from simmim.encoders.released import read_released
 from simmim.encoders.swinv2 import V2, SwinTransformerV2
 from simmim.encoders.tensor_files import WEIGHTS, is_safetensors, read_pytorch, read_safetensors
+from simmim.encoders.vit import spread_table
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
@@ -133,8 +134,10 @@ def load_encoder(
 def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int, int]) -> str:
     """Loads weights into an encoder that exists, which keeps its own windows, stochastic depth and attention.
 
-    A position bias that is a table is moved from the windows that it was trained with to those that the encoder has at
-    the image size, once and for all: give the largest one, at which the fewest windows shrink to their map.
+    A table of position biases that all blocks share is given to each of them, where the encoder has one for each
+    (`simmim.encoders.vit.spread_table`). A position bias that is a table is moved from the windows that it was trained
+    with to those that the encoder has at the image size, once and for all: give the largest one, at which the fewest
+    windows shrink to their map.
 
     Args:
         encoder: What to load into.
@@ -151,6 +154,8 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int,
     file = find_encoder_file(path)
     weights, metadata = read_encoder_weights(file)
     trained = metadata["windows"]
+    if (encoder.config["position_bias"], metadata["config"]["position_bias"]) == ("table", "shared_table"):
+        weights, metadata = _spread(weights, metadata)
     if trained is not None:
         weights = _move_tables(encoder, weights, trained, image_size)
     _check_fit(encoder, weights, metadata, file)
@@ -402,15 +407,26 @@ def _check_fit(encoder: Encoder, weights: dict[str, Tensor], metadata: dict[str,
 def _move_tables(
     encoder: Encoder, weights: dict[str, Tensor], trained: list[list[int]], image_size: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Position biases that are tables for the encoder's windows; everything else as it is."""
+    """Position biases that are tables for the encoder's windows; everything else as it is.
+
+    A table that no block holds is shared by all of them, which are one stage.
+    """
     moved, now = dict(weights), encoder.windows(*image_size)
     for stage, (before, window) in enumerate(zip(trained, now, strict=False)):  # stages too many fit nowhere
         for key in weights:
-            if key.startswith(f"stages.{stage}.") and key.endswith("position_bias.table"):
+            if key.startswith((f"stages.{stage}.", "position_bias.")) and key.endswith("position_bias.table"):
                 moved[key] = move_table(
                     weights[key].float(), (before[0], before[1]), window, window_size=encoder.window_size
                 )
     return moved
+
+
+def _spread(weights: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights whose blocks have each its own copy of the table that they share, and metadata that say so."""
+    spread = spread_table(weights, metadata["config"]["depths"][0])
+    note = "the position bias that all blocks shared was given to each of them"
+    config = metadata["config"] | {"position_bias": "table"}
+    return spread, metadata | {"config": config, "notes": [*metadata["notes"], note]}
 
 
 def _check_windows(encoder: Encoder, metadata: Mapping[str, Any], image_size: tuple[int, int], file: Path) -> None:
