@@ -17,7 +17,7 @@ from simmim.data.files import free_memory
 from simmim.data.loader import Notes, WatchedLoader, default_workers, end_with_the_command
 from simmim.data.module import ImageSource, stack
 from simmim.data.transforms import Transform, per_channel
-from simmim.encoders import SwinTransformerV2
+from simmim.encoders import Encoder
 from simmim.run_folder import shown, whole_file
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Embedder:
         image_size: Height and width of the images in pixels.
         mean: Of each channel, in units of `max_value`.
         std: Standard deviation of each channel.
-        pooled: Whether to take the mean of the final map, which is what a classifier sees, instead of the map.
+        pooled: Whether to take what a classifier sees, the mean of the final map, instead of the map.
         gpu: Whether to compute on the GPU.
         bf16: Whether to compute in bfloat16 by autocast; the features are float32 in any case.
         max_value: The pixel value that counts as 1.
@@ -51,7 +51,7 @@ class Embedder:
 
     def __init__(
         self,
-        encoder: SwinTransformerV2,
+        encoder: Encoder,
         *,
         image_size: tuple[int, int],
         mean: Sequence[float],
@@ -102,9 +102,8 @@ class Embedder:
     def _compute(self, images: Tensor) -> Tensor:
         x = (images.to(self.device, non_blocking=True).float() / self.max_value - self.mean) / self.std
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            features: Tensor = self.encoder(x)  # (B, h, w, C)
-        features = features.float()
-        return (features.mean((1, 2)) if self.pooled else features).cpu()
+            features: Tensor = self.encoder.pooled(x) if self.pooled else self.encoder(x)  # (B, C) or (B, h, w, C)
+        return features.float().cpu()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +112,7 @@ class Embedder:
         return (channels,) if self.pooled else (*(side // stride for side in self.image_size), channels)
 
 
-def create_embedder(config: Config, encoder: SwinTransformerV2, *, pooled: bool) -> Embedder:
+def create_embedder(config: Config, encoder: Encoder, *, pooled: bool) -> Embedder:
     """An encoder on the device, in the precision and for the images that a filled-in config asks for."""
     return Embedder(
         encoder,

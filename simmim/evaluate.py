@@ -24,7 +24,7 @@ from simmim.data.labels import check_labels, match_labels, take_fraction
 from simmim.data.module import ImageData, ImageSource, create_source, create_sources
 from simmim.data.transforms import centre_transform, per_channel
 from simmim.embedding import Embedder, create_embedder, crops_of, features_of, list_unreadable
-from simmim.encoders import SwinTransformerV2
+from simmim.encoders import Encoder
 from simmim.encoders.weights import read_encoder_weights
 from simmim.probes import HELD_OUT, OPTIMIZERS, feature_diagnostics, knn_accuracy, linear_probe
 from simmim.run import describe_unreadable, explained, prepare_torch
@@ -154,14 +154,14 @@ def _report(config: Config, task: Classification, result: dict[str, Any], output
     return result
 
 
-def _save(config: Config, encoder: SwinTransformerV2, result: dict[str, Any]) -> None:
+def _save(config: Config, encoder: Encoder, result: dict[str, Any]) -> None:
     size = image_size_of(config)
     facts = {"encoder": config["encoder"], "image_size": size, "windows": encoder.windows(*size)}
     with whole_file(Path(config["output_dir"]) / "result.json") as temporary:
         temporary.write_text(json.dumps({**facts, **result}, indent=2) + "\n")
 
 
-def _shape(config: Config, encoder: SwinTransformerV2) -> str:
+def _shape(config: Config, encoder: Encoder) -> str:
     height, width = image_size_of(config)
     windows = ", ".join(f"{rows}x{columns}" for rows, columns in encoder.windows(height, width))
     return f"{height}x{width} px, windows of {windows}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simmim.checkpoint_files import load_rest
 from simmim.command import Config, command
-from simmim.encoders import SIZES
+from simmim.encoders import ENCODERS, PUBLISHED
 from simmim.encoders.swinv2 import V2
 from simmim.encoders.tensor_files import is_safetensors
 from simmim.encoders.weights import find_encoder_file, read_encoder_weights, trained_windows, unsaid
@@ -75,28 +75,28 @@ def _encoder(weights: dict[str, Tensor], known: dict[str, Any]) -> list[str]:
     config = known["config"]
     parameters = sum(value.numel() for value in weights.values())
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})
-    extra = f", an extra norm every {config['extra_norm_every']} blocks" if config["extra_norm_every"] else ""
+    extra = f", an extra norm every {config['extra_norm_every']} blocks" if config.get("extra_norm_every") else ""
     return [
-        f"{_published(config)}, {parameters / 1e6:,.1f} M parameters, {' and '.join(kinds)}",
+        f"{_published(known)}, {parameters / 1e6:,.1f} M parameters, {' and '.join(kinds)}",
         f"embed_dim {config['embed_dim']}, depths {_listed(config['depths'])}, heads {_listed(config['num_heads'])}"
         f"{extra}, patches of {config['patch_size']} px, {config['in_channels']} channels",
     ]
 
 
-def _published(config: dict[str, Any]) -> str:
+def _published(known: dict[str, Any]) -> str:
     """The name of the published size."""
-    for name, size in SIZES.items():
+    for name, size in PUBLISHED[known["architecture"]].items():
         shape = {key: list(value) if isinstance(value, tuple) else value for key, value in size.items()}
-        if all(config[key] == value for key, value in shape.items() if key != "position_bias"):
+        if all(known["config"][key] == value for key, value in shape.items() if key != "position_bias"):
             return name
-    return "a Swin Transformer of no published size"
+    return f"a {ENCODERS[known['architecture']].title} of no published size"
 
 
 def _training(known: dict[str, Any]) -> list[str]:
     config, size, windows = known["config"], known["image_size"], known["windows"]
     trained = trained_windows(known)
     seen = _listed(map(_by, windows)) if windows else config["window_size"]
-    version = {key: config[key] for key in ("norm", "attention_similarity")}
+    version = {key: config[key] for key in ("norm", "attention_similarity") if key in config}
     lines = [
         f"at {f'{_by(size)} px' if size else 'an unknown image size'}, "
         f"{f'windows of {seen} tokens' if seen else 'with unknown windows'}",
@@ -104,7 +104,7 @@ def _training(known: dict[str, Any]) -> list[str]:
     ]
     if not version.items() <= V2.items():
         lines.append(", ".join(f"{key} {value}" for key, value in version.items()))
-    if config["position_bias"] != "table":
+    if config["position_bias"] in ("log_cpb", "linear_cpb"):
         counted = f"windows of {_listed(map(_by, trained))} tokens" if trained else "windows that are unknown"
         lines[1] += f", which counts in {counted}"
     return lines

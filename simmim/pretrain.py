@@ -16,7 +16,9 @@ from simmim.command import Config, accumulation, command, image_size_of, on_gpu,
 from simmim.data.labels import check_labels, match_labels
 from simmim.data.module import ImageData, create_sources, fixed_batch
 from simmim.data.transforms import centre_transform, per_channel, pretraining_transform
+from simmim.encoders import architecture_of
 from simmim.encoders.weights import (
+    check_architecture,
     check_said,
     load_encoder_weights,
     read_encoder_weights,
@@ -67,8 +69,10 @@ def _run(config: Config) -> dict[str, Any]:
     checkpoint = find_checkpoint(config["resume"], output_dir)
     if config["encoder"] is not None and config["model"]["pretrained_window_size"] is None:
         known = read_encoder_weights(Path(config["encoder"]))[1]
-        check_said(Path(config["encoder"]), known, {"model.pretrained_window_size": None})
-        config = {**config, "model": {**config["model"], "pretrained_window_size": trained_windows(known)}}
+        check_architecture(Path(config["encoder"]), known, architecture_of(config["model"]["name"]))
+        if "pretrained_window_size" in known["config"]:
+            check_said(Path(config["encoder"]), known, {"model.pretrained_window_size": None})
+            config = {**config, "model": {**config["model"], "pretrained_window_size": trained_windows(known)}}
     task, data, length = build(config)
     if checkpoint is not None:
         refuse_changed_settings(checkpoint, dict(task.hparams))

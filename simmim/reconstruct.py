@@ -99,7 +99,7 @@ def _released(path: Path, weights: dict[str, Tensor], known: dict[str, Any], tar
             "target=normalized, as SimMIM's SwinV2 was pretrained"
         )
     task = Pretraining(
-        model={"name": "swinv2", **known["config"]},
+        model={"name": known["architecture"], **known["config"]},
         objective={
             "head": "linear",
             "loss": "l1",

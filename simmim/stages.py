@@ -8,8 +8,8 @@ import torch
 
 from simmim.command import Config, image_size_of
 from simmim.data.decoding import EIGHT_BIT
-from simmim.encoders import SIZES, SwinTransformerV2, create_encoder
-from simmim.encoders.weights import check_said, load_encoder_weights, load_head, trained_windows
+from simmim.encoders import SIZES, Encoder, architecture_of, create_encoder
+from simmim.encoders.weights import check_architecture, check_said, load_encoder_weights, load_head, trained_windows
 from simmim.tasks.classification import Classification
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,16 @@ VALIDATED = {"test_crop": 0.875, "interpolation": "bicubic", "max_value": EIGHT_
 NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention")
 """What every model must be told."""
 
-PUBLISHED = ("embed_dim", "depths", "num_heads", "extra_norm_every", "position_bias", "norm", "attention_similarity")
+PUBLISHED = (
+    "embed_dim",
+    "depths",
+    "num_heads",
+    "extra_norm_every",
+    "position_bias",
+    "norm",
+    "attention_similarity",
+    "layer_scale",
+)
 """What the name of a published size says."""
 
 
@@ -48,10 +57,11 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
     else:
         given = {**{f"model.{key}": value for key, value in model.items()}, "data.image_size": data["image_size"]}
         check_said(Path(config["encoder"]), known, given)
-        model["name"] = model["name"] or "swinv2"
+        model["name"] = model["name"] or known["architecture"]
+        check_architecture(Path(config["encoder"]), known, architecture_of(model["name"]))
         depths = model["depths"] or SIZES.get(model["name"], known["config"])["depths"]
         alike = len(depths) == len(known["config"]["depths"])  # else loading says what differs
-        if model["pretrained_window_size"] is None and alike:
+        if "pretrained_window_size" in known["config"] and model["pretrained_window_size"] is None and alike:
             model["pretrained_window_size"] = trained_windows(known)
     for key in model:
         if model[key] is None and not (key in PUBLISHED and model["name"] in SIZES):
@@ -72,7 +82,7 @@ def fill_in(config: Config, known: dict[str, Any] | None) -> Config:
     return {**config, "model": model, "data": data}
 
 
-def open_encoder(config: Config) -> SwinTransformerV2:
+def open_encoder(config: Config) -> Encoder:
     """The encoder alone, with the weights of its file, at the size and with the windows of a filled-in config.
 
     Raises:

@@ -35,7 +35,7 @@ COMMANDS = (
     "statistics",
 )
 SPECIAL = {  # ranges of a sweep for a model, and what Hydra's own groups get
-    "sweep/mask/swinv2_mini.yaml",
+    *(f"sweep/mask/{model}.yaml" for model in ("swinv2_mini", "vit_s", "vit_b", "vit_l")),
     *(
         f"sweep/{sweep}/{model}.yaml"
         for sweep in ("learning_rate", "learning_rate_optuna")
@@ -47,11 +47,13 @@ SPECIAL = {  # ranges of a sweep for a model, and what Hydra's own groups get
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 # Typed from the published tables. lr at the global batch it is given for.
-B_800 = {"batch": 2048, "lr": 4e-4, "epochs": 800, "window": 12, "drop_path": 0.1, "target": "normalized"}
+B_800 = {"batch": 2048, "lr": 4e-4, "epochs": 800, "image": 192, "window": 12, "drop_path": 0.1,
+         "target": "normalized"}  # fmt: skip
 RECIPES = {
     "simmim_swin_b_100ep": {**B_800, "lr": 8e-4, "epochs": 100, "window": 6, "drop_path": 0, "target": "raw"},
     "simmim_swin_b_800ep": {**B_800, "window": 6, "drop_path": 0, "target": "raw"},
     "simmim_swin_l_800ep": {**B_800, "drop_path": 0, "target": "raw"},
+    "simmim_vit_b_800ep": {**B_800, "image": 224, "window": 14, "target": "raw"},
     "simmim_swinv2_t_800ep": B_800,
     "simmim_swinv2_s_800ep": B_800,
     "simmim_swinv2_b_800ep": B_800,
@@ -67,6 +69,7 @@ TUNED = {
     "finetune_swin_b_800ep": (224, 7, 0.8, 0.1),
     "finetune_swin_l_800ep": (224, 14, 0.7, 0.2),
     "finetune_swinv2_b_800ep": (224, 14, 0.75, 0.1),
+    "finetune_vit_b_800ep": (224, 14, 0.65, 0.1),
 }
 
 
@@ -90,6 +93,7 @@ def test_every_choice_of_every_group_composes(group, choice):
         "hf": ["data.root=pets"],
         "list": ["data.root=images.txt"],
         "swinv2": ["model.embed_dim=32", "model.depths=[1,1]", "model.num_heads=[1,2]"],
+        "vit": ["model.embed_dim=32", "model.depths=[1]", "model.num_heads=[1]"],
     }
     root = ["data.root=photos"] if group == "experiment" and choice not in ("debug", "low_label") else []
     command = "finetune" if choice.startswith(FINETUNED) else "pretrain"
@@ -99,7 +103,7 @@ def test_every_choice_of_every_group_composes(group, choice):
 
 
 @pytest.mark.parametrize(
-    "model", [choice for group, choice in CHOICES if group == "model" and choice.startswith("swinv2_")]
+    "model", [choice for group, choice in CHOICES if group == "model" and choice.startswith(("swinv2_", "vit_"))]
 )
 def test_the_sweep_over_masks_holds_what_each_model_accepts(model):
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -187,7 +191,7 @@ def test_recipes_hold_the_published_numbers(name):
     assert config["optimizer"]["base_lr"] * length.images_per_step / 512 == pytest.approx(published["lr"])
     assert config["optimizer"]["betas"] == [0.9, 0.999]
     assert config["optimizer"]["eps"] == 1e-8
-    assert (config["data"]["image_size"], config["model"]["window_size"]) == (192, published["window"])
+    assert (config["data"]["image_size"], config["model"]["window_size"]) == (published["image"], published["window"])
     assert config["trainer"]["max_epochs"] == published["epochs"]
     assert config["model"]["drop_path"] == published["drop_path"]
     assert config["objective"]["target"] == published["target"]
@@ -265,7 +269,8 @@ def test_from_scratch_differs_from_fine_tuning_by_the_start_alone():
 
 
 @pytest.mark.parametrize(
-    "choice", [choice for group, choice in CHOICES if group == "model" and choice not in ("swinv2", "pretrained")]
+    "choice",
+    [choice for group, choice in CHOICES if group == "model" and choice not in ("swinv2", "vit", "pretrained")],
 )
 def test_every_model_builds_and_its_depths_can_be_overridden(choice):
     config = config_of(f"model={choice}")

@@ -1,76 +1,83 @@
 """Encoders: what turns an image, and a mask, into features. They know nothing of Lightning or Hydra."""
 
-from collections.abc import Sequence
+import inspect
 from typing import Any
 
-from simmim.encoders import swin, swinv2
+from simmim.encoders import swin, swinv2, vit
+from simmim.encoders.encoder import Encoder
 from simmim.encoders.swinv2 import SwinTransformerV2
+from simmim.encoders.vit import VisionTransformer
 
-__all__ = ["SIZES", "SwinTransformerV2", "create_encoder"]
+__all__ = [
+    "ENCODERS",
+    "PUBLISHED",
+    "SIZES",
+    "Encoder",
+    "SwinTransformerV2",
+    "VisionTransformer",
+    "architecture_of",
+    "create_encoder",
+    "settings_of",
+]
 
-SIZES = {name: swinv2.V2 | size for name, size in swinv2.SIZES.items()} | swin.SIZES
-"""The published sizes of both versions, with what makes each the one or the other."""
+ENCODERS: dict[str, type[Encoder]] = {
+    encoder.architecture: encoder for encoder in (SwinTransformerV2, VisionTransformer)
+}
+"""All architectures."""
+
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "swinv2": {name: swinv2.V2 | size for name, size in swinv2.SIZES.items()} | swin.SIZES,
+    "vit": vit.SIZES,
+}
+"""The published sizes of each; those of both versions of Swin, with what makes each the one or the other."""
+
+USUAL: dict[str, Any] = {"in_channels": 3, "drop_path": 0.0, "attention": "auto"}
+"""What the settings of any are where nobody says."""
+
+SIZES = {name: size for sizes in PUBLISHED.values() for name, size in sizes.items()}
+"""All of them."""
 
 
-def create_encoder(
-    name: str,
-    *,
-    window_size: int,
-    pretrained_window_size: int | Sequence[int | Sequence[int]] | None = None,
-    patch_size: int = 4,
-    in_channels: int = 3,
-    drop_path: float = 0.0,
-    attention: str = "auto",
-    embed_dim: int | None = None,
-    depths: Sequence[int] | None = None,
-    num_heads: Sequence[int] | None = None,
-    extra_norm_every: int | None = None,
-    position_bias: str | None = None,
-    norm: str | None = None,
-    attention_similarity: str | None = None,
-) -> SwinTransformerV2:
+def architecture_of(name: str) -> str:
+    """The architecture of a published size, or of the word for a size of one's own.
+
+    Args:
+        name: See `create_encoder`.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    for architecture, sizes in PUBLISHED.items():
+        if name == architecture or name in sizes:
+            return architecture
+    raise ValueError(f"model.name={name} is unknown: choose one of {', '.join([*SIZES, *PUBLISHED])}")
+
+
+def settings_of(architecture: str) -> list[str]:
+    """The settings that an architecture has: the arguments of its constructor."""
+    return list(inspect.signature(ENCODERS[architecture]).parameters)
+
+
+def create_encoder(name: str, **settings: Any) -> Encoder:
     """Makes an encoder of a published size, or of one's own.
 
     Args:
-        name: "swinv2_t", "_s", "_b", "_l", "_h", "_g"; "swin_t", "_s", "_b", "_l" of the first version; or "swinv2" for
-            a size of one's own, given in full.
-        window_size: See `SwinTransformerV2`, as all that follow.
-        pretrained_window_size: Window of an earlier training stage.
-        patch_size: Side of a patch in pixels.
-        in_channels: Channels of the images.
-        drop_path: Stochastic depth of the last block.
-        attention: Implementation of the attention.
-        embed_dim: Overrides the published value where given; so do all that follow.
-        depths: Blocks a stage.
-        num_heads: Heads a stage.
-        extra_norm_every: Blocks between two extra norms.
-        position_bias: Kind of the position bias; that of V2 where neither this nor the published size says.
-        norm: Place of the norms, likewise.
-        attention_similarity: What attention compares by, likewise.
+        name: "swinv2_t", "_s", "_b", "_l", "_h", "_g"; "swin_t", "_s", "_b", "_l" of the first version; "vit_s",
+            "_b", "_l"; or the name of an architecture, "swinv2" or "vit", for a size of one's own, given in full.
+        **settings: Arguments of the class of the architecture, `window_size` at least. What is None or left out is as
+            published, or as usual for the architecture; a setting that it does not have must be None.
 
     Raises:
-        ValueError: If the name is unknown, a size is incomplete, or the numbers contradict each other.
+        ValueError: If the name is unknown, a size is incomplete, the architecture has no such setting, or the numbers
+            contradict each other.
     """
-    if name != "swinv2" and name not in SIZES:
-        raise ValueError(f"model.name={name} is unknown: choose one of {', '.join(SIZES)}, or swinv2")
-    own: dict[str, Any] = {
-        "embed_dim": embed_dim,
-        "depths": depths,
-        "num_heads": num_heads,
-        "extra_norm_every": extra_norm_every,
-        "position_bias": position_bias,
-        "norm": norm,
-        "attention_similarity": attention_similarity,
-    }
-    size = {**swinv2.V2, **SIZES.get(name, {}), **{key: value for key, value in own.items() if value is not None}}
-    if missing := [key for key in own if key not in size]:
-        raise ValueError(f"model.name={name} is a size of one's own: give model.{', model.'.join(missing)} too")
-    return SwinTransformerV2(
-        window_size=window_size,
-        pretrained_window_size=pretrained_window_size,
-        patch_size=patch_size,
-        in_channels=in_channels,
-        drop_path=drop_path,
-        attention=attention,
-        **size,
-    )
+    architecture = architecture_of(name)
+    encoder, known = ENCODERS[architecture], settings_of(architecture)
+    given = {key: value for key, value in settings.items() if value is not None}
+    if foreign := [key for key in given if key not in known]:
+        key = foreign[0]
+        raise ValueError(f"model.{key}={given[key]} is nothing that model.name={name} has: give model.{key}=null")
+    size = USUAL | encoder.usual | SIZES.get(name, {}) | given
+    if missing := [key for key in known if key not in size]:
+        raise ValueError(f"model.name={name} does not say all: give model.{', model.'.join(missing)} too")
+    return encoder(**size)

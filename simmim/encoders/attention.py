@@ -10,7 +10,7 @@ window's height and width in tokens, T = h * w; in sequential attention, m matri
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -89,18 +89,36 @@ def window_attention(
     return attend(qkv, similarity, table, geometry.window, geometry.regions)
 
 
+def pairwise_attention(qkv: Tensor, *, bias: Tensor, implementation: str) -> Tensor:
+    """Attention by dot products over all tokens of an image, each pair with a bias of its own.
+
+    Args:
+        qkv: Queries, keys and values: (3, n, d, W, T).
+        bias: (n, T, T), added to the scaled products, queries before keys.
+        implementation: "auto" or a key of `PAIRWISE`.
+
+    Returns:
+        (n, d, W, T) in the precision of qkv.
+    """
+    attend = PAIRWISE[resolve_implementation(implementation, qkv.device, PAIRWISE)]
+    return attend(qkv, Similarity.of(None, bias, qkv.shape[2]), bias[None])
+
+
 def reference_attention(
     qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
 ) -> Tensor:
     """The formula as it stands: softmax(scale * cos(query, key) + bias) value, up to the softmax in fp32."""
+    return _spelt_out(qkv, similarity, _bias(table, window, regions))
+
+
+def _spelt_out(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
+    """The formula, with the bias of each pair of tokens: (1 or N, n, T, T)."""
     value = qkv[2].permute(2, 0, 3, 1)  # (W, n, T, d)
-    x: Tensor = attention_weights(qkv, similarity, table, window, regions).to(value.dtype) @ value
+    x: Tensor = attention_weights(qkv, similarity, bias).to(value.dtype) @ value
     return x.permute(1, 3, 0, 2)
 
 
-def attention_weights(
-    qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
-) -> Tensor:
+def attention_weights(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
     """What each query gives to each key, softmax(scale * cos(query, key) + bias): (W, n, T, T), in fp32."""
     query, key, _ = qkv.permute(0, 3, 1, 4, 2)  # (W, n, T, d)
     with torch.autocast(qkv.device.type, enabled=False):
@@ -108,7 +126,6 @@ def attention_weights(
         if similarity.cosine:
             query, key = _unit(query), _unit(key)
         products = query @ key.transpose(-2, -1)  # (W, n, T, T)
-        bias = _bias(table, window, regions)  # (1 or N, n, T, T)
         logits = products.view(-1, *bias.shape) * similarity.scale[:, None, None] + bias
         return logits.softmax(dim=-1).view_as(products)
 
@@ -139,19 +156,36 @@ def highest_weights(qkv: Tensor, *, log_scale: Tensor | None, table: Tensor, geo
         one = slice(head, head + 1)
         alone = Similarity(similarity.cosine, similarity.scale[one])
         highest = [
-            attention_weights(windows, alone, table[one], geometry.window, regions).amax(-1).squeeze(1)  # (W, T)
+            attention_weights(windows, alone, _bias(table[one], geometry.window, regions)).amax(-1).squeeze(1)  # (W, T)
             for windows in torch.split(qkv[:, one], at_a_time, dim=3)
         ]
         totals.append((torch.cat(highest) * real).sum())
     return torch.stack(totals) / real.sum()
 
 
+@torch.no_grad()
+def highest_pairwise_weights(qkv: Tensor, *, bias: Tensor) -> Tensor:
+    """As `highest_weights`, of `pairwise_attention`: (n,), in fp32."""
+    whole = Similarity.of(None, bias, qkv.shape[2])
+    heads = (slice(head, head + 1) for head in range(qkv.shape[1]))
+    return torch.stack(
+        [
+            attention_weights(qkv[:, one], Similarity(whole.cosine, whole.scale[one]), bias[None, one]).amax(-1).mean()
+            for one in heads
+        ]
+    )
+
+
 def sdpa_attention(
     qkv: Tensor, similarity: Similarity, table: Tensor, window: Window, regions: Tensor | None
 ) -> Tensor:
     """The same through PyTorch's `scaled_dot_product_attention`, whose fused kernels take one batch dimension."""
+    return _fused(qkv, similarity, _bias(table, window, regions))
+
+
+def _fused(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
+    """The same as `_spelt_out`."""
     query, key, value = qkv.permute(0, 3, 1, 4, 2)
-    bias = _bias(table, window, regions)
     query, key, joined = (  # windows with a bias each become heads, so that the images share it
         x.reshape(-1, math.prod(bias.shape[:2]), *x.shape[2:]) for x in (*similarity.operands(query, key), value)
     )
@@ -204,21 +238,27 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Similarity, Tensor, Window, Tensor 
 }
 
 
-def resolve_implementation(name: str, device: torch.device) -> str:
+PAIRWISE: dict[str, Callable[[Tensor, Similarity, Tensor], Tensor]] = {"reference": _spelt_out, "sdpa": _fused}
+"""Those that take any bias of pairs of tokens, and not only one by the offset between places of a window."""
+
+
+def resolve_implementation(name: str, device: torch.device, among: Collection[str] = IMPLEMENTATIONS) -> str:
     """The implementation that `auto` stands for; other names are checked and returned.
 
     Args:
-        name: "auto" or a key of `IMPLEMENTATIONS`.
+        name: "auto" or one of those.
         device: Where.
+        among: Those that there are.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is none of them.
     """
-    if name != "auto" and name not in IMPLEMENTATIONS:
-        raise ValueError(f"model.attention={name} is unknown: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if name != "auto":
-        return name
-    return "sequential" if device.type == "cpu" else "sdpa"
+    if name == "auto":
+        return "sequential" if device.type == "cpu" and "sequential" in among else "sdpa"
+    if name not in among:
+        word = "unknown" if name not in IMPLEMENTATIONS else "for attention within windows"
+        raise ValueError(f"model.attention={name} is {word}: choose one of auto, {', '.join(among)}")
+    return name
 
 
 def _unit(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:

@@ -7,19 +7,17 @@ by window, in the order of the block that comes next (see `simmim.encoders.windo
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
-from simmim.encoders.attention import highest_weights, resolve_implementation, window_attention
-from simmim.encoders.mlp import MLP
+from simmim.encoders.attention import IMPLEMENTATIONS, highest_weights, resolve_implementation, window_attention
+from simmim.encoders.block import MultiHeadAttention, ResidualBlock
+from simmim.encoders.encoder import Encoder, check_numbers, drop_rates
 from simmim.encoders.position_bias import OFFSETS, PositionBiasTable, create_position_bias
 from simmim.encoders.windows import Geometry, Windows, merge, places, regions, reorder
-from simmim.masking import expand_mask
 
 SIZES: dict[str, dict[str, Any]] = {
     "swinv2_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "extra_norm_every": 0},
@@ -44,8 +42,8 @@ V2: dict[str, Any] = {"position_bias": "log_cpb", "norm": "res_post", "attention
 """What makes the encoder the second version."""
 
 
-class WindowAttention(nn.Module):
-    """Multi-head attention within windows. The key has no bias: to a softmax over keys it would make no difference.
+class WindowAttention(MultiHeadAttention):
+    """Multi-head attention within windows.
 
     Args:
         dim: Channels C.
@@ -58,43 +56,25 @@ class WindowAttention(nn.Module):
     def __init__(
         self, dim: int, num_heads: int, *, similarity: str, position_bias: nn.Module, implementation: str
     ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.implementation = implementation
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.empty(dim))
-        self.v_bias = nn.Parameter(torch.empty(dim))
+        super().__init__(dim, num_heads, position_bias=position_bias, implementation=implementation)
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1)) if similarity == "cosine" else None
-        self.position_bias = position_bias
-        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
-        """Attends within each window: (B, N, T, C) -> (B, N, T, C), or (K, C) of the B * N * T tokens in rows."""
-        out = window_attention(
-            self._project(x),
+    def attend(self, qkv: Tensor, context: Geometry) -> Tensor:
+        """See `MultiHeadAttention.attend`; the context is the geometry of the windows."""
+        assert self.position_bias is not None
+        return window_attention(
+            qkv,
             log_scale=self.logit_scale,
-            table=self.position_bias(geometry.offsets),
-            geometry=geometry,
+            table=self.position_bias(context.offsets),
+            geometry=context,
             implementation=self.implementation,
         )
-        out = out.reshape(x.shape[3], -1).t()  # (B * N * T, C)
-        if rows is not None:
-            return self.proj(out[rows])  # type: ignore[no-any-return]
-        return self.proj(out).view(x.shape)  # type: ignore[no-any-return]
 
-    def highest_weights(self, x: Tensor, geometry: Geometry) -> Tensor:
-        """By how much each head is dominated by single keys, on the tokens (B, N, T, C) of `forward`: (n,).
-
-        See `simmim.encoders.attention.highest_weights`.
-        """
-        table = self.position_bias(geometry.offsets)
-        return highest_weights(self._project(x), log_scale=self.logit_scale, table=table, geometry=geometry)
-
-    def _project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values: (B, N, T, C) -> (3, n, d, B * N, T)."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = torch.addmm(bias[:, None], self.qkv.weight, x.flatten(0, 2).t())  # (3C, B * N * T)
-        return qkv.view(3, self.num_heads, -1, x.shape[0] * x.shape[1], x.shape[2])
+    def highest_weights(self, x: Tensor, context: Geometry) -> Tensor:
+        """See `MultiHeadAttention.highest_weights`."""
+        assert self.position_bias is not None
+        table = self.position_bias(context.offsets)
+        return highest_weights(self.project(x), log_scale=self.logit_scale, table=table, geometry=context)
 
 
 class PostNorm(nn.LayerNorm):
@@ -106,7 +86,7 @@ class PostNorm(nn.LayerNorm):
         nn.init.zeros_(self.bias)
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """Window attention and MLP, each with its norm at the end of the residual branch (section 3.2), or as V1 in front.
 
     Args:
@@ -134,38 +114,20 @@ class Block(nn.Module):
         position_bias: nn.Module,
         implementation: str,
     ) -> None:
-        super().__init__()
-        self.shifted = shifted
-        self.norm_first = norm == "pre"
-        create_norm = nn.LayerNorm if self.norm_first else PostNorm
-        self.attention = WindowAttention(
+        attention = WindowAttention(
             dim, num_heads, similarity=similarity, position_bias=position_bias, implementation=implementation
         )
-        self.norm1 = create_norm(dim)
-        self.mlp = MLP(dim)
-        self.norm2 = create_norm(dim)
-        self.drop_path = StochasticDepth(drop_path, mode="row")
-        self.extra_norm = nn.LayerNorm(dim) if extra_norm else nn.Identity()
-
-    def forward(self, x: Tensor, geometry: Geometry, rows: Tensor | None = None) -> Tensor:
-        """(B, N, T, C) -> (B, N, T, C), or (K, C) of the B * N * T tokens in rows, the only ones to go on."""
-        attended = self.attention(self.norm1(x) if self.norm_first else x, geometry, rows)
-        batch, image = x.shape[0], None
-        if rows is not None:
-            image = torch.div(rows, x.shape[1] * x.shape[2], rounding_mode="floor")
-            x = x.flatten(0, 2)[rows]
-        x = x + self.drop(attended if self.norm_first else self.norm1(attended), batch, image)
-        mixed = self.mlp(self.norm2(x)) if self.norm_first else self.norm2(self.mlp(x))
-        x = x + self.drop(mixed, batch, image)
-        x = self.extra_norm(x)
-        return x
-
-    def drop(self, branch: Tensor, batch: int, image: Tensor | None) -> Tensor:
-        """Drops the branch for some images: all tokens, or those whose image is given, of a batch of so many."""
-        if image is None or not self.training:
-            return self.drop_path(branch)  # type: ignore[no-any-return]
-        kept: Tensor = self.drop_path(branch.new_ones(batch, 1))
-        return branch * kept[image]
+        norm_first = norm == "pre"
+        create_norm = nn.LayerNorm if norm_first else PostNorm
+        super().__init__(
+            dim,
+            attention,
+            norm_first=norm_first,
+            create_norm=create_norm,
+            drop_path=drop_path,
+            extra_norm=extra_norm,
+        )
+        self.shifted = shifted
 
 
 class PatchEmbedding(nn.Module):
@@ -198,7 +160,7 @@ class PatchMerging(nn.Module):
         return x
 
 
-class SwinTransformerV2(nn.Module):
+class SwinTransformerV2(Encoder):
     """The encoder: four stages of blocks, the map halved between them.
 
     `simmim.encoders.create_encoder` makes the published sizes.
@@ -221,13 +183,15 @@ class SwinTransformerV2(nn.Module):
         norm: One of `NORMS`.
         attention_similarity: One of `SIMILARITIES`.
 
-    Attributes:
-        checkpointed_stages: Stages, counted from 0, whose blocks the backward pass computes again instead of keeping
-            what is in them. See `checkpoint_activations`.
-
     Raises:
         ValueError: If the numbers contradict each other.
     """
+
+    architecture = "swinv2"
+    title = "Swin Transformer"
+    implementations = tuple(IMPLEMENTATIONS)
+    usual: ClassVar[dict[str, Any]] = {**V2, "pretrained_window_size": None, "patch_size": 4}
+    words = tuple(V2)
 
     def __init__(
         self,
@@ -248,10 +212,18 @@ class SwinTransformerV2(nn.Module):
     ) -> None:
         super().__init__()
         trained_windows = _per_stage(pretrained_window_size, len(depths))
-        _check(embed_dim, depths, num_heads, window_size, patch_size, in_channels, drop_path)
+        check_numbers(
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            window_size=window_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            drop_path=drop_path,
+        )
         _check_words(norm, attention_similarity)
         resolve_implementation(attention, torch.device("cpu"))
-        self.config: dict[str, Any] = {
+        self.config = {
             "embed_dim": embed_dim,
             "depths": list(depths),
             "num_heads": list(num_heads),
@@ -269,11 +241,10 @@ class SwinTransformerV2(nn.Module):
         self.patch_size = patch_size
         self.window_size = window_size
         self.trained_windows = trained_windows
-        self.checkpointed_stages: list[int] = []
+        self.checkpointed_stages = []
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.channels = [embed_dim * 2**stage for stage in range(len(depths))]
-        blocks = sum(depths)
-        rates = iter(drop_path * block / max(blocks - 1, 1) for block in range(blocks))
+        rates = iter(drop_rates(drop_path, sum(depths)))
 
         self.embed = PatchEmbedding(in_channels, embed_dim, patch_size)
         self.mask_token = nn.Parameter(torch.empty(embed_dim))
@@ -299,60 +270,30 @@ class SwinTransformerV2(nn.Module):
         self.init_weights()
 
     @property
-    def blocks(self) -> list[list[Block]]:
-        """The blocks of each stage."""
-        return [[cast(Block, block) for block in stage.children()] for stage in self.stages]
+    def counts_in_trained_windows(self) -> bool:
+        """Unless the position bias is a table."""
+        return bool(self.config["position_bias"] != "table")
 
     @property
     def parts(self) -> list[nn.Module]:
         """What is computed one after the other: blocks and mergings."""
-        return [*(block for stage in self.blocks for block in stage), *self.merges]
+        return [*super().parts, *self.merges]
+
+    @property
+    def openings(self) -> list[nn.Module]:
+        """Patches, and mergings."""
+        return [self.embed, *self.merges]
 
     def layer_of(self, name: str) -> int:
-        """How high above the images a parameter stands, for learning rates by layer.
-
-        Patches and mask token are layer 0, block i is i + 1, a merging belongs to the block below, the rest is on top.
-        """
-        depths: list[int] = self.config["depths"]
+        """See `Encoder.layer_of`; a merging belongs to the block below."""
         kind, *place = name.split(".")
-        if kind == "stages":
-            return 1 + sum(depths[: int(place[0])]) + int(place[1])
         if kind == "merges":
-            return sum(depths[: int(place[0]) + 1])
-        return 0 if kind in ("embed", "mask_token") else sum(depths) + 1
-
-    def checkpoint_activations(self, stages: str | Sequence[int]) -> None:
-        """Chooses the stages whose blocks are computed again in the backward pass, instead of being kept in memory.
-
-        Args:
-            stages: "none", "all", or some, counted from 1 as in the paper.
-
-        Raises:
-            ValueError: If a stage does not exist.
-        """
-        every = list(range(1, len(self.stages) + 1))
-        chosen = {"none": [], "all": every}.get(stages) if isinstance(stages, str) else list(stages)
-        if chosen is None or not set(chosen) <= set(every):
-            raise ValueError(
-                f"trainer.activation_checkpointing={stages} must be none, all, or a list of stages, 1 to {every[-1]}"
-            )
-        self.checkpointed_stages = [stage - 1 for stage in chosen]
-
-    def compile_blocks(self) -> None:
-        """Compiles each block in place: blocks of one geometry share their code, parameters keep their names."""
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one a geometry
-        for stage in self.blocks:
-            for block in stage:
-                block.compile()
-
-    def init_weights(self) -> None:
-        """Linear weights from a truncated normal, biases zero; post-norms zero: such blocks start as identity."""
-        for module in self.modules():
-            self.init_module(module)
+            return sum(self.config["depths"][: int(place[0]) + 1])
+        return super().layer_of(name)
 
     @torch.no_grad()
     def init_module(self, module: nn.Module) -> None:
-        """Gives initial values to the parameters that one module of the encoder itself holds."""
+        """Linear weights from a truncated normal, biases zero; post-norms zero: such blocks start as identity."""
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -370,35 +311,14 @@ class SwinTransformerV2(nn.Module):
             module.reset_parameters()
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Features of images, some of whose cells may be hidden.
-
-        Args:
-            images: (B, in_channels, height, width), normalised; see `check_image_size`.
-            mask: Boolean (B, rows, columns) grid of cells over the image, True is hidden, or None. A hidden
-                patch's embedding is replaced by the mask token (SimMIM, arXiv 2111.09886, section 3.2).
-
-        Returns:
-            (B, height/stride, width/stride, channels of the last stage), normalised.
-
-        Raises:
-            ValueError: If the size of the images does not fit.
-        """
+        """See `Encoder.forward`."""
         self.check_image_size(*images.shape[-2:])
         x, windows = self._stage_outputs(images, mask)[-1]
         features: Tensor = self.norm(_as_map(x, windows))
         return features
 
     def features_at(self, images: Tensor, mask: Tensor | None, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Some of the features of `forward`: what else the last block would compute is left out.
-
-        Args:
-            images: See `forward`.
-            mask: See `forward`.
-            at: Image, row and column of each wanted feature, integers (K,) each.
-
-        Returns:
-            (K, channels of the last stage), equal to `forward(images, mask)[at]`.
-        """
+        """See `Encoder.features_at`."""
         self.check_image_size(*images.shape[-2:])
         x, _ = self._stage_outputs(images, mask, at)[-1]
         features: Tensor = self.norm(x)
@@ -424,33 +344,23 @@ class SwinTransformerV2(nn.Module):
         ]
 
     def windows(self, height: int, width: int) -> list[tuple[int, int]]:
-        """The window of each stage, in tokens, on images of a size in pixels: what a later stage was trained with."""
+        """See `Encoder.windows`: where the map is smaller, the window shrinks to it."""
         strides = [self.patch_size * 2**stage for stage in range(len(self.channels))]
         return [Windows.fit((height // s, width // s), self.window_size).window for s in strides]
 
-    def check_image_size(self, height: int, width: int) -> None:
-        """Refuses a size in pixels that whole patches, merges and windows do not tile.
-
-        Raises:
-            ValueError: With the nearest sizes that fit.
-        """
-        bad = {size: self._nearest_sizes(size) for size in (height, width) if not self._fits(size)}
-        if bad:
-            ways = "; ".join(f"{size} -> {' or '.join(map(str, near))}" for size, near in bad.items())
-            raise ValueError(
-                f"image size {height}x{width} px does not fit model.patch_size={self.patch_size} and "
-                f"model.window_size={self.window_size}: the nearest data.image_size that do are {ways}, or change "
-                "the window"
-            )
+    def fits(self, size: int) -> bool:
+        """Whether whole patches, merges and windows tile images of a height or width in pixels."""
+        if size < self.stride or size % self.stride:
+            return False
+        maps = (size // (self.patch_size * 2**stage) for stage in range(len(self.channels)))
+        return all(length <= self.window_size or length % self.window_size == 0 for length in maps)
 
     def _stage_outputs(
         self, images: Tensor, mask: Tensor | None, at: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> list[tuple[Tensor, Windows]]:
         x = self.embed(images)  # (B, H, W, C)
         size = x.shape[1:3]
-        if mask is not None:
-            hidden = expand_mask(mask, *size).unsqueeze(-1)  # (B, H, W, 1)
-            x = torch.where(hidden, self.mask_token.to(x.dtype), x)
+        x = self.hide(x, mask)
         x, windows = x.flatten(1, 2).unsqueeze(1), Windows.whole(size)  # (B, 1, H * W, C)
         outputs = []
         for number, stage in enumerate(self.blocks):
@@ -461,11 +371,8 @@ class SwinTransformerV2(nn.Module):
             for block in stage:
                 source, windows = windows, Windows.fit(size, self.window_size, shifted=block.shifted)
                 rows = _rows(at, windows) if at is not None and block is self.blocks[-1][-1] else None
-                inputs = (reorder(x, source, windows), self._geometry(windows, number, x.device), rows)
-                if number in self.checkpointed_stages and torch.is_grad_enabled():
-                    x = checkpoint(block, *inputs, use_reentrant=False)
-                else:
-                    x = block(*inputs)
+                geometry = self._geometry(windows, number, x.device)
+                x = self.run(block, number, reorder(x, source, windows), geometry, rows)
             outputs.append((x, windows))
         return outputs
 
@@ -474,18 +381,6 @@ class SwinTransformerV2(nn.Module):
         spaced = OFFSETS[self.config["position_bias"]]
         offsets = spaced(windows.window, windows.window if trained is None else _sides(trained), device)
         return Geometry(windows.window, offsets, regions(windows, device))
-
-    def _fits(self, size: int) -> bool:
-        if size < self.stride or size % self.stride:
-            return False
-        maps = (size // (self.patch_size * 2**stage) for stage in range(len(self.channels)))
-        return all(length <= self.window_size or length % self.window_size == 0 for length in maps)
-
-    def _nearest_sizes(self, size: int) -> list[int]:
-        period = self.stride * self.window_size  # every multiple of it fits
-        candidates = [s for s in range(self.stride, size + period + 1, self.stride) if self._fits(s)]
-        below = [s for s in candidates if s < size]
-        return below[-1:] + [s for s in candidates if s > size][:1]
 
 
 def _as_map(x: Tensor, windows: Windows) -> Tensor:
@@ -510,31 +405,6 @@ def _per_stage(value: int | Sequence[int | Sequence[int]] | None, stages: int) -
 def _sides(window: int | Sequence[int]) -> tuple[int, int]:
     """Height and width of a window that one number may stand for."""
     return (window, window) if isinstance(window, int) else (window[0], window[1])
-
-
-def _check(
-    embed_dim: int,
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    window_size: int,
-    patch_size: int,
-    in_channels: int,
-    drop_path: float,
-) -> None:
-    if len(depths) != len(num_heads) or not depths:
-        raise ValueError(f"model.depths={list(depths)} and model.num_heads={list(num_heads)} must name the same stages")
-    numbers = {"embed_dim": embed_dim, "window_size": window_size, "patch_size": patch_size, "in_channels": in_channels}
-    for key, value in {**numbers, "depths": min(depths), "num_heads": min(num_heads)}.items():
-        if value < 1:
-            raise ValueError(f"model.{key}={value} must be positive")
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"model.drop_path={drop_path} must be at least 0 and below 1")
-    for stage, heads in enumerate(num_heads):
-        if embed_dim * 2**stage % heads:
-            raise ValueError(
-                f"model.num_heads={list(num_heads)}: stage {stage + 1} has {embed_dim * 2**stage} channels, "
-                f"which {heads} heads do not divide"
-            )
 
 
 def _check_words(norm: str, similarity: str) -> None:

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simmim.checkpoint_files import is_folder_of_shards, load, load_rest
-from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.encoders import ENCODERS, Encoder, create_encoder, settings_of
 from simmim.encoders.position_bias import move_table
 from simmim.encoders.released import read_released
-from simmim.encoders.swinv2 import V2
+from simmim.encoders.swinv2 import V2, SwinTransformerV2
 from simmim.encoders.tensor_files import WEIGHTS, is_safetensors, read_pytorch, read_safetensors
+from simmim.encoders.vit import spread_table
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
 CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
@@ -27,11 +28,11 @@ CHECKPOINT_PREFIXES = ("average.encoder.", "network.encoder.")
 HEAD = "head."
 """Where a file, and the network of a fine-tuned checkpoint, keep the classifier."""
 
-SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
+SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "layer_scale", "patch_size", "in_channels")
 """Settings of an encoder that its weights' names and shapes depend on, whatever its position bias."""
 
 BEFORE = V2
-"""What the configuration of older files, which does not say, stands for."""
+"""What the configuration of older files of a Swin Transformer, which does not say, stands for."""
 
 OURS: dict[str, Any] = {"origin": "simmim", "decoder": None, "notes": []}
 """Whose names a file has, and what was done to read it."""
@@ -48,7 +49,7 @@ OPTIONAL = ("mean", "std", "max_value", "classes", "test_crop", "interpolation")
 
 
 def save_encoder(
-    encoder: SwinTransformerV2,
+    encoder: Encoder,
     path: Path,
     *,
     image_size: tuple[int, int],
@@ -81,7 +82,7 @@ def save_encoder(
     """
     metadata = {
         "format": "simmim",
-        "architecture": "swinv2",
+        "architecture": encoder.architecture,
         "config": json.dumps(encoder.config),
         "image_size": json.dumps(image_size),
         "windows": json.dumps(encoder.windows(*image_size)),
@@ -106,13 +107,13 @@ def load_encoder(
     *,
     window_size: int | None = None,
     pretrained_window_size: int | Sequence[int | Sequence[int]] | None = None,
-) -> SwinTransformerV2:
+) -> Encoder:
     """Rebuilds an encoder from a file alone, on the CPU and in training mode like any new module.
 
     Args:
         path: What `read_encoder_weights` reads.
         window_size: Side of the window in tokens, instead of the file's; of one that does not say it, needed.
-        pretrained_window_size: Likewise, see `SwinTransformerV2`; None keeps the file's.
+        pretrained_window_size: Likewise, see the class of the encoder; None keeps the file's.
 
     Raises:
         ValueError: If there are no weights, they contradict their own configuration, or a window is unknown.
@@ -121,19 +122,22 @@ def load_encoder(
     trained = pretrained_window_size if window_size is None else pretrained_window_size or trained_windows(metadata)
     given = {"window_size": window_size, "pretrained_window_size": trained}
     check_said(path, metadata, {f"model.{key}": value for key, value in given.items()})
-    config = metadata["config"] | {key: value for key, value in given.items() if value is not None}
+    known = settings_of(metadata["architecture"])
+    config = metadata["config"] | {key: value for key, value in given.items() if value is not None and key in known}
     with torch.device("meta"):  # the initial values are never computed
-        encoder = SwinTransformerV2(**config)
+        encoder = ENCODERS[metadata["architecture"]](**config)
     _check_fit(encoder, weights, metadata, find_encoder_file(path))
     encoder.to_empty(device="cpu").load_state_dict(weights)
     return encoder
 
 
-def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: tuple[int, int]) -> str:
+def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int, int]) -> str:
     """Loads weights into an encoder that exists, which keeps its own windows, stochastic depth and attention.
 
-    A position bias that is a table is moved from the windows that it was trained with to those that the encoder has at
-    the image size, once and for all: give the largest one, at which the fewest windows shrink to their map.
+    A table of position biases that all blocks share is given to each of them, where the encoder has one for each
+    (`simmim.encoders.vit.spread_table`). A position bias that is a table is moved from the windows that it was trained
+    with to those that the encoder has at the image size, once and for all: give the largest one, at which the fewest
+    windows shrink to their map.
 
     Args:
         encoder: What to load into.
@@ -150,10 +154,12 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
     file = find_encoder_file(path)
     weights, metadata = read_encoder_weights(file)
     trained = metadata["windows"]
+    if (encoder.config["position_bias"], metadata["config"]["position_bias"]) == ("table", "shared_table"):
+        weights, metadata = _spread(weights, metadata)
     if trained is not None:
         weights = _move_tables(encoder, weights, trained, image_size)
     _check_fit(encoder, weights, metadata, file)
-    if encoder.config["position_bias"] != "table":
+    if encoder.counts_in_trained_windows:
         given = encoder.config["pretrained_window_size"]
         check_said(file, metadata, {"model.pretrained_window_size": given})
         _check_windows(encoder, metadata, image_size, file)
@@ -178,7 +184,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
     Returns:
         The state dict, on the CPU, and the metadata: `origin`, "simmim" or who else named the weights; `architecture`;
-        `config`, the arguments of `SwinTransformerV2`, with None for a window that others do not say; `image_size` in
+        `config`, the arguments of its class, with None for a window that others do not say; `image_size` in
         pixels and `windows` of each stage in tokens, [height, width] each; `mean` and `std` of each image channel, in
         units of `max_value`; None where unknown; `head` and `classes` of the classifier, `test_crop` and
         `interpolation` of its validation, None where there is none. Of a file of others: `decoder`, the linear layer
@@ -208,7 +214,7 @@ def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None
     Returns:
         Sides in tokens, [height, width] where these differ; or None where they are unknown.
     """
-    given: list[int | list[int]] | None = metadata["config"]["pretrained_window_size"]
+    given: list[int | list[int]] | None = metadata["config"].get("pretrained_window_size")
     if given is not None or metadata["windows"] is None:
         return given
     return [height if height == width else [height, width] for height, width in metadata["windows"]]
@@ -245,6 +251,24 @@ def check_said(path: Path, metadata: Mapping[str, Any], given: Mapping[str, Any]
         ways = " ".join(f"{key}=<{kind}>" for key, kind in lacking.items())
         raise ValueError(
             f"encoder={path}, named as {metadata['origin']} does, does not say how it was trained: give {ways}"
+        )
+
+
+def check_architecture(path: Path, metadata: Mapping[str, Any], architecture: str) -> None:
+    """Refuses weights of another architecture than that of the model.
+
+    Args:
+        path: Where they are.
+        metadata: See `read_encoder_weights`.
+        architecture: That of the model.
+
+    Raises:
+        ValueError: With both.
+    """
+    if (theirs := metadata["architecture"]) != architecture:
+        raise ValueError(
+            f"encoder={path} holds a {ENCODERS[theirs].title}, and the model is a {ENCODERS[architecture].title}: give "
+            f"model={theirs}_…, as it was trained"
         )
 
 
@@ -296,7 +320,12 @@ def find_encoder_file(path: Path) -> Path:
 def _from_ours(weights: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
     values |= {key: json.loads(metadata.get(key, "null")) for key in OPTIONAL}
-    values["config"] = BEFORE | values["config"]
+    if metadata["architecture"] not in ENCODERS:
+        raise ValueError(
+            f"it holds an encoder of another kind than {' or '.join(ENCODERS)}: {metadata['architecture']}"
+        )
+    if metadata["architecture"] == SwinTransformerV2.architecture:
+        values["config"] = BEFORE | values["config"]
     head = {key: weights.pop(key) for key in [key for key in weights if key.startswith(HEAD)]}
     return weights, {
         **OURS,
@@ -335,7 +364,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     windows = None if size is None else [list(window) for window in encoder.windows(*size)]
     return weights, {
         **OURS,
-        "architecture": "swinv2",
+        "architecture": encoder.architecture,
         "config": encoder.config,
         "image_size": None if size is None else list(size),
         "windows": windows,
@@ -352,9 +381,10 @@ def _named_below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
+def _check_fit(encoder: Encoder, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
+    check_architecture(file, metadata, encoder.architecture)
     theirs, ours = metadata["config"], encoder.config
-    if other := next((key for key in V2 if theirs[key] != ours[key]), None):
+    if other := next((key for key in encoder.words if theirs[key] != ours[key]), None):
         raise ValueError(
             f"encoder={file} was trained with model.{other}={theirs[other]}, and the model has {ours[other]}: "
             f"give model.{other}={theirs[other]}"
@@ -364,7 +394,8 @@ def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata:
     wrong = [key for key in model | held if model.get(key) != held.get(key)]
     if not wrong:
         return
-    sizes = [f"{key}={theirs[key]} (model: {ours[key]})" for key in SIZE_KEYS if theirs[key] != ours[key]]
+    keys = [key for key in SIZE_KEYS if theirs.get(key) != ours.get(key)]
+    sizes = [f"{key}={theirs[key]} (model: {ours[key]})" for key in keys]
     first = [f"{key} {held.get(key, 'missing')} (model: {model.get(key, 'none')})" for key in wrong[:2]]
     raise ValueError(
         f"encoder={file} does not fit the model: it holds {', '.join(sizes) or 'the same size'}; "
@@ -374,22 +405,31 @@ def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata:
 
 
 def _move_tables(
-    encoder: SwinTransformerV2, weights: dict[str, Tensor], trained: list[list[int]], image_size: tuple[int, int]
+    encoder: Encoder, weights: dict[str, Tensor], trained: list[list[int]], image_size: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Position biases that are tables for the encoder's windows; everything else as it is."""
+    """Position biases that are tables for the encoder's windows; everything else as it is.
+
+    A table that no block holds is shared by all of them, which are one stage.
+    """
     moved, now = dict(weights), encoder.windows(*image_size)
     for stage, (before, window) in enumerate(zip(trained, now, strict=False)):  # stages too many fit nowhere
         for key in weights:
-            if key.startswith(f"stages.{stage}.") and key.endswith("position_bias.table"):
+            if key.startswith((f"stages.{stage}.", "position_bias.")) and key.endswith("position_bias.table"):
                 moved[key] = move_table(
                     weights[key].float(), (before[0], before[1]), window, window_size=encoder.window_size
                 )
     return moved
 
 
-def _check_windows(
-    encoder: SwinTransformerV2, metadata: Mapping[str, Any], image_size: tuple[int, int], file: Path
-) -> None:
+def _spread(weights: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights whose blocks have each its own copy of the table that they share, and metadata that say so."""
+    spread = spread_table(weights, metadata["config"]["depths"][0])
+    note = "the position bias that all blocks shared was given to each of them"
+    config = metadata["config"] | {"position_bias": "table"}
+    return spread, metadata | {"config": config, "notes": [*metadata["notes"], note]}
+
+
+def _check_windows(encoder: Encoder, metadata: Mapping[str, Any], image_size: tuple[int, int], file: Path) -> None:
     """Refuses an encoder that would count the offsets of the position bias in other windows than the weights do."""
     theirs = trained_windows(metadata)
     ours = trained_windows({"config": encoder.config, "windows": encoder.windows(*image_size)})

@@ -47,7 +47,7 @@ def check_version(model: Model, form: Format) -> None:
     Raises:
         ValueError: With the setting.
     """
-    other = [f"model.{key}={model.config[key]}" for key in V2 if model.config[key] != V2[key]]
+    other = [f"model.{key}={value}" for key, value in model.config.items() if key in V2 and value != V2[key]]
     if other and form.name not in ("safetensors", "onnx"):
         raise ValueError(
             f"format={form.name} holds Swin V2, and the encoder has {', '.join(other)}: give format=safetensors or onnx"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simmim.checkpoint_files import load, load_rest
-from simmim.encoders import SwinTransformerV2
+from simmim.encoders import Encoder
 from simmim.encoders.tensor_files import is_safetensors
 from simmim.encoders.weights import (
     CHECKPOINT_PREFIXES,
@@ -93,7 +93,7 @@ class Model:
         decoder: SimMIM's head; None where there is none.
     """
 
-    encoder: SwinTransformerV2
+    encoder: Encoder
     image_size: tuple[int, int]
     windows: list[int | list[int]]
     preprocessing: Preprocessing
@@ -103,7 +103,7 @@ class Model:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of `SwinTransformerV2`."""
+        """Its settings."""
         return self.encoder.config
 
     @property
@@ -128,7 +128,7 @@ class Model:
         features = self.encoder(images)
         outputs = {"features": features}
         if self.head is not None:
-            outputs["logits"] = F.linear(features.mean(dim=(1, 2)), self.head["weight"], self.head["bias"])
+            outputs["logits"] = F.linear(self.encoder.pooled(images), self.head["weight"], self.head["bias"])
         if self.decoder is not None:
             predicted = F.linear(self.encoder(images, self.hidden(images)), self.decoder.weight, self.decoder.bias)
             outputs["pixels"] = F.pixel_shuffle(predicted.permute(0, 3, 1, 2), self.encoder.stride)

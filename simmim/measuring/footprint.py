@@ -46,7 +46,7 @@ class Step:
         mask: One image's mask: boolean (rows, columns).
         bf16: Whether in bfloat16 by autocast, else in fp32.
         bf16_weights: Whether the weights come in bfloat16, as sharded training gathers them.
-        checkpointing: See `SwinTransformerV2.checkpoint_activations`.
+        checkpointing: See `Encoder.checkpoint_activations`.
         gpu: Whether PyTorch runs it as it does on a GPU.
     """
 
@@ -294,9 +294,8 @@ def _run(network: MaskedImageModel, step: Step, *, chosen: int) -> dict[str, Any
         parameter.register_post_accumulate_grad_hook(arrive)  # type: ignore[no-untyped-call]
     for part in network.parts:
         part.register_forward_pre_hook(use)
-    enter(network.encoder.embed, "stage 1")
-    for number, merge in enumerate(network.encoder.merges, 2):
-        enter(merge, f"stage {number}")
+    for number, opening in enumerate(network.encoder.openings, 1):
+        enter(opening, f"stage {number}")
     enter(network.encoder.norm, REST)
     storages.place = REST
     with storages, as_on_gpu() if step.gpu else nullcontext():

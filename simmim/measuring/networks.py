@@ -38,7 +38,7 @@ class Work:
         bf16: Whether in bfloat16 by autocast, else in fp32.
         compiled: Whether compiled: ours a block at a time, peers as a whole.
         training: Whether a training step (forward, backward, fused AdamW), else the forward pass alone.
-        activation_checkpointing: Of our blocks: see `SwinTransformerV2.checkpoint_activations`.
+        activation_checkpointing: Of our blocks: see `Encoder.checkpoint_activations`.
         gpu: Whether on a GPU.
     """
 

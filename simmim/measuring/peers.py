@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.encoders import SwinTransformerV2
+from simmim.encoders import Encoder, SwinTransformerV2
 from simmim.encoders.names import to_timm, to_torchvision, to_transformers
 from simmim.encoders.swinv2 import V2
 from simmim.masking import expand_mask
@@ -157,7 +157,9 @@ PEERS: dict[str, Callable[[MaskedImageModel, tuple[int, int]], nn.Module]] = {
 }
 
 
-def _geometry(encoder: SwinTransformerV2) -> dict[str, Any]:
+def _geometry(encoder: Encoder) -> dict[str, Any]:
+    if not isinstance(encoder, SwinTransformerV2):
+        raise ValueError(f"peers are Swin V2, and the model is a {encoder.title}: give peers=[]")
     if encoder.config["extra_norm_every"]:
         raise ValueError("peers have no extra norms: model=swinv2_h and swinv2_g are ours alone, give peers=[]")
     if other := [f"model.{key}={encoder.config[key]}" for key in V2 if encoder.config[key] != V2[key]]:

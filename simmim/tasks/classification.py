@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassStatScores
 
 from simmim.data.transforms import create_mixing
-from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.encoders import Encoder, create_encoder
 from simmim.tasks.task import Task
 
 MOST_CONFUSED = 100
@@ -20,7 +20,7 @@ MOST_CONFUSED = 100
 
 
 class ImageClassifier(nn.Module):
-    """Encoder, mean over its final map, and a linear classifier, as one network whose `forward` returns the loss.
+    """Encoder, its pooled features, and a linear classifier, as one network whose `forward` returns the loss.
 
     Args:
         encoder: What sees the images.
@@ -28,7 +28,7 @@ class ImageClassifier(nn.Module):
         label_smoothing: Share of each target that is spread over all classes.
     """
 
-    def __init__(self, encoder: SwinTransformerV2, *, classes: int, label_smoothing: float) -> None:
+    def __init__(self, encoder: Encoder, *, classes: int, label_smoothing: float) -> None:
         super().__init__()
         self.encoder = encoder
         self.encoder.mask_token.requires_grad_(False)  # nothing is hidden
@@ -43,7 +43,7 @@ class ImageClassifier(nn.Module):
     entries = ("logits",)
 
     def layer_of(self, name: str) -> int:
-        """See `SwinTransformerV2.layer_of`; the classifier stands on top."""
+        """See `Encoder.layer_of`; the classifier stands on top."""
         return self.encoder.layer_of(name.removeprefix("encoder."))
 
     def init_module(self, name: str, module: nn.Module) -> None:
@@ -52,9 +52,7 @@ class ImageClassifier(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (B, c, H, W) -> (B, N)."""
-        features = self.encoder(images)  # (B, h, w, C)
-        pooled = features.mean(dim=(1, 2))  # (B, C)
-        return self.head(pooled)  # type: ignore[no-any-return]
+        return self.head(self.encoder.pooled(images))  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of normalised images with classes (B), or shares of classes (B, N): a scalar."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.data.decoding import EIGHT_BIT
-from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.encoders import Encoder, create_encoder
 from simmim.masking import expand_mask
 from simmim.pictures import RANGE, choose_channels, four_panels, stretch
 from simmim.targets import denormalize_locally, normalize_locally
@@ -39,7 +39,7 @@ class MaskedImageModel(nn.Module):
 
     def __init__(
         self,
-        encoder: SwinTransformerV2,
+        encoder: Encoder,
         *,
         head: str,
         loss: str,
@@ -82,7 +82,7 @@ class MaskedImageModel(nn.Module):
     entries = ("reconstruct", "pooled")
 
     def layer_of(self, name: str) -> int:
-        """See `SwinTransformerV2.layer_of`; the head stands on top."""
+        """See `Encoder.layer_of`; the head stands on top."""
         return self.encoder.layer_of(name.removeprefix("encoder."))
 
     def init_module(self, name: str, module: nn.Module) -> None:
@@ -112,7 +112,7 @@ class MaskedImageModel(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """What a classifier would see of normalised images (B, c, H, W), none of them hidden: (B, C)."""
-        return self.encoder(images).float().mean(dim=(1, 2))  # type: ignore[no-any-return]
+        return self.encoder.pooled(images).float()
 
     def mean_error(self, predicted: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         """sum(error * counted) / (sum(counted) + 1e-5) / channels, in fp32."""
