@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 WIDTH = 11
 """Of the first column."""
 
+STUDIED = ("position_bias", "table_resizing")
+"""What may differ in an encoder of a published size."""
+
 
 def inspect(config: Config) -> dict[str, Any]:
     """Says what a file or folder of weights is.
@@ -87,7 +90,7 @@ def _published(config: dict[str, Any]) -> str:
     """The name of the published size."""
     for name, size in SIZES.items():
         shape = {key: list(value) if isinstance(value, tuple) else value for key, value in size.items()}
-        if all(config[key] == value for key, value in shape.items() if key != "position_bias"):
+        if all(config[key] == value for key, value in shape.items() if key not in STUDIED):
             return name
     return "a Swin Transformer of no published size"
 

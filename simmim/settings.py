@@ -130,6 +130,7 @@ MODEL: Section = {
     "position_bias": WORD | NULL,
     "norm": WORD | NULL,
     "attention_similarity": WORD | NULL,
+    "table_resizing": WORD | NULL,
 }
 
 MAX_VALUE = number(1e-12, 1e12)

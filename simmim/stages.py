@@ -23,7 +23,10 @@ VALIDATED = {"test_crop": 0.875, "interpolation": "bicubic", "max_value": EIGHT_
 NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention")
 """What every model must be told."""
 
-PUBLISHED = ("embed_dim", "depths", "num_heads", "extra_norm_every", "position_bias", "norm", "attention_similarity")
+PUBLISHED = (
+    *("embed_dim", "depths", "num_heads", "extra_norm_every"),
+    *("position_bias", "norm", "attention_similarity", "table_resizing"),
+)
 """What the name of a published size says."""
 
 

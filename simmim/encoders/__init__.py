@@ -8,7 +8,10 @@ from simmim.encoders.swinv2 import SwinTransformerV2
 
 __all__ = ["SIZES", "SwinTransformerV2", "create_encoder"]
 
-SIZES = {name: swinv2.V2 | size for name, size in swinv2.SIZES.items()} | swin.SIZES
+SIZES = {
+    **{name: {**swinv2.V2, **swinv2.RESIZING, **size} for name, size in swinv2.SIZES.items()},
+    **{name: {**swin.RESIZING, **size} for name, size in swin.SIZES.items()},
+}
 """The published sizes of both versions, with what makes each the one or the other."""
 
 
@@ -28,6 +31,7 @@ def create_encoder(
     position_bias: str | None = None,
     norm: str | None = None,
     attention_similarity: str | None = None,
+    table_resizing: str | None = None,
 ) -> SwinTransformerV2:
     """Makes an encoder of a published size, or of one's own.
 
@@ -47,6 +51,7 @@ def create_encoder(
         position_bias: Kind of the position bias; that of V2 where neither this nor the published size says.
         norm: Place of the norms, likewise.
         attention_similarity: What attention compares by, likewise.
+        table_resizing: How a table of positions is moved to another window, likewise.
 
     Raises:
         ValueError: If the name is unknown, a size is incomplete, or the numbers contradict each other.
@@ -61,8 +66,10 @@ def create_encoder(
         "position_bias": position_bias,
         "norm": norm,
         "attention_similarity": attention_similarity,
+        "table_resizing": table_resizing,
     }
-    size = {**swinv2.V2, **SIZES.get(name, {}), **{key: value for key, value in own.items() if value is not None}}
+    given = {key: value for key, value in own.items() if value is not None}
+    size = {**swinv2.V2, **swinv2.RESIZING, **SIZES.get(name, {}), **given}
     if missing := [key for key in own if key not in size]:
         raise ValueError(f"model.name={name} is a size of one's own: give model.{', model.'.join(missing)} too")
     return SwinTransformerV2(

@@ -26,7 +26,7 @@ from simmim.encoders.names import (
     without_prefix,
 )
 from simmim.encoders.stored_windows import stored_geometry
-from simmim.encoders.swinv2 import V2, SwinTransformerV2
+from simmim.encoders.swinv2 import RESIZING, V2, SwinTransformerV2
 from simmim.encoders.tensor_files import CONFIG, PREPROCESSOR, read_json
 
 State = Mapping[str, Tensor]
@@ -189,6 +189,7 @@ def _geometry(shape: dict[str, Any], facts: Facts) -> dict[str, Any]:
         "drop_path": 0.0,
         "attention": "auto",
         **V2,
+        **RESIZING,
     }
     return {"config": config, "image_size": size, "windows": windows}
 

@@ -18,6 +18,7 @@ from torchvision.ops import StochasticDepth
 from simmim.encoders.attention import resolve_implementation, window_attention
 from simmim.encoders.mlp import MLP
 from simmim.encoders.position_bias import OFFSETS, PositionBiasTable, create_position_bias
+from simmim.encoders.table_resizing import RESIZINGS
 from simmim.encoders.windows import Geometry, Windows, merge, places, regions, reorder
 from simmim.masking import expand_mask
 
@@ -42,6 +43,9 @@ SIMILARITIES = ("cosine", "dot")
 
 V2: dict[str, Any] = {"position_bias": "log_cpb", "norm": "res_post", "attention_similarity": "cosine"}
 """What makes the encoder the second version."""
+
+RESIZING = {"table_resizing": "bicubic"}
+"""How the second version's paper moves the table that it compares its position bias to."""
 
 
 class WindowAttention(nn.Module):
@@ -208,6 +212,7 @@ class SwinTransformerV2(nn.Module):
         position_bias: "log_cpb", "linear_cpb" or "table", see `simmim.encoders.position_bias`.
         norm: One of `NORMS`.
         attention_similarity: One of `SIMILARITIES`.
+        table_resizing: A key of `RESIZINGS`: how `simmim.encoders.weights.load_encoder_weights` moves a table.
 
     Attributes:
         checkpointed_stages: Stages, counted from 0, whose blocks the backward pass computes again instead of keeping
@@ -233,11 +238,12 @@ class SwinTransformerV2(nn.Module):
         position_bias: str,
         norm: str,
         attention_similarity: str,
+        table_resizing: str,
     ) -> None:
         super().__init__()
         trained_windows = _per_stage(pretrained_window_size, len(depths))
         _check(embed_dim, depths, num_heads, window_size, patch_size, in_channels, drop_path)
-        _check_words(norm, attention_similarity)
+        _check_words(norm, attention_similarity, table_resizing)
         resolve_implementation(attention, torch.device("cpu"))
         self.config: dict[str, Any] = {
             "embed_dim": embed_dim,
@@ -253,6 +259,7 @@ class SwinTransformerV2(nn.Module):
             "position_bias": position_bias,
             "norm": norm,
             "attention_similarity": attention_similarity,
+            "table_resizing": table_resizing,
         }
         self.patch_size = patch_size
         self.window_size = window_size
@@ -525,7 +532,11 @@ def _check(
             )
 
 
-def _check_words(norm: str, similarity: str) -> None:
-    for key, value, words in (("norm", norm, NORMS), ("attention_similarity", similarity, SIMILARITIES)):
+def _check_words(norm: str, similarity: str, resizing: str) -> None:
+    for key, value, words in (
+        ("norm", norm, NORMS),
+        ("attention_similarity", similarity, SIMILARITIES),
+        ("table_resizing", resizing, tuple(RESIZINGS)),
+    ):
         if value not in words:
             raise ValueError(f"model.{key}={value} is unknown: choose {' or '.join(words)}")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from simmim.checkpoint_files import is_folder_of_shards, load, load_rest
 from simmim.encoders import SwinTransformerV2, create_encoder
-from simmim.encoders.position_bias import move_table
 from simmim.encoders.released import read_released
-from simmim.encoders.swinv2 import V2
+from simmim.encoders.swinv2 import RESIZING, V2
+from simmim.encoders.table_resizing import move_table
 from simmim.encoders.tensor_files import WEIGHTS, is_safetensors, read_pytorch, read_safetensors
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
 
@@ -30,7 +30,7 @@ HEAD = "head."
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "patch_size", "in_channels")
 """Settings of an encoder that its weights' names and shapes depend on, whatever its position bias."""
 
-BEFORE = V2
+BEFORE = V2 | RESIZING
 """What the configuration of older files, which does not say, stands for."""
 
 OURS: dict[str, Any] = {"origin": "simmim", "decoder": None, "notes": []}
@@ -133,7 +133,8 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
     """Loads weights into an encoder that exists, which keeps its own windows, stochastic depth and attention.
 
     A position bias that is a table is moved from the windows that it was trained with to those that the encoder has at
-    the image size, once and for all: give the largest one, at which the fewest windows shrink to their map.
+    the image size, once and for all: give the largest one, at which the fewest windows shrink to their map. The
+    encoder's `table_resizing` says how.
 
     Args:
         encoder: What to load into.
@@ -149,9 +150,10 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
     """
     file = find_encoder_file(path)
     weights, metadata = read_encoder_weights(file)
-    trained = metadata["windows"]
+    trained, notes = metadata["windows"], list(metadata["notes"])
     if trained is not None:
-        weights = _move_tables(encoder, weights, trained, image_size)
+        weights, moved = _move_tables(encoder, weights, trained, image_size)
+        notes += [f"{moved} position tables were moved, {encoder.config['table_resizing']}"] if moved else []
     _check_fit(encoder, weights, metadata, file)
     if encoder.config["position_bias"] != "table":
         given = encoder.config["pretrained_window_size"]
@@ -166,7 +168,7 @@ def load_encoder_weights(encoder: SwinTransformerV2, path: Path, *, image_size: 
     size, windows = metadata["image_size"], ", ".join(map(_by, trained or []))
     report += f", trained at {_by(size)} px" if size else ", trained at an unknown image size"
     report += f" with windows of {windows} tokens" if windows else ""
-    return ". ".join([report, *(f"{note[0].upper()}{note[1:]}" for note in metadata["notes"])]) + "."
+    return ". ".join([report, *(f"{note[0].upper()}{note[1:]}" for note in notes)]) + "."
 
 
 def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -375,16 +377,21 @@ def _check_fit(encoder: SwinTransformerV2, weights: dict[str, Tensor], metadata:
 
 def _move_tables(
     encoder: SwinTransformerV2, weights: dict[str, Tensor], trained: list[list[int]], image_size: tuple[int, int]
-) -> dict[str, Tensor]:
-    """Position biases that are tables for the encoder's windows; everything else as it is."""
-    moved, now = dict(weights), encoder.windows(*image_size)
+) -> tuple[dict[str, Tensor], int]:
+    """Position biases that are tables for the encoder's windows, everything else as it is; how many were resized."""
+    moved, resized, now = dict(weights), 0, encoder.windows(*image_size)
     for stage, (before, window) in enumerate(zip(trained, now, strict=False)):  # stages too many fit nowhere
         for key in weights:
             if key.startswith(f"stages.{stage}.") and key.endswith("position_bias.table"):
                 moved[key] = move_table(
-                    weights[key].float(), (before[0], before[1]), window, window_size=encoder.window_size
+                    weights[key].float(),
+                    (before[0], before[1]),
+                    window,
+                    window_size=encoder.window_size,
+                    resizing=encoder.config["table_resizing"],
                 )
-    return moved
+                resized += (before[0], before[1]) != window
+    return moved, resized
 
 
 def _check_windows(
