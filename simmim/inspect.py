@@ -1,6 +1,6 @@
 """`python -m simmim.inspect <file or folder>`: what weights are, and what one must say to use them.
 
-Of run folders, checkpoints and encoder files of ours, and of what the authors of Swin Transformer V2, timm,
+Of run folders, checkpoints and encoder files of ours, and of what the authors of Swin Transformer, timm,
 transformers and torchvision wrote. Nothing is computed, and no code of a file is run.
 """
 
@@ -38,7 +38,7 @@ def inspect(config: Config) -> dict[str, Any]:
         What is said, by the words of the first column.
 
     Raises:
-        ValueError: If there are no weights of a Swin Transformer V2, or they could run code.
+        ValueError: If there are no weights of a Swin Transformer, or they could run code.
     """
     path = Path(config["encoder"])
     file = find_encoder_file(path)

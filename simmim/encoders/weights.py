@@ -175,7 +175,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     """Reads the weights of an encoder and what is known of it, without running any code of the file.
 
     Args:
-        path: A run folder, a training checkpoint, an encoder file of ours, or what the authors of Swin Transformer V2,
+        path: A run folder, a training checkpoint, an encoder file of ours, or what the authors of Swin Transformer,
             timm, transformers or torchvision wrote: a file of weights, or a folder with them and a `config.json`.
 
     Returns:
@@ -187,7 +187,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         that predicts pixels in SimMIM, or None; `notes`, what was left out or added, in words.
 
     Raises:
-        ValueError: If there are no weights of a Swin Transformer V2, they are damaged, or could run code.
+        ValueError: If there are no weights of a Swin Transformer, they are damaged, or could run code.
     """
     file = find_encoder_file(path)
     if file.is_dir():
