@@ -68,8 +68,14 @@ def test_it_is_shown_for_what_it_is(pretrained, tmp_path, caplog):
     assert "norm pre, attention_similarity dot" in caplog.text
 
 
-def test_swin_v2_of_others_cannot_hold_it(pretrained, tmp_path):
-    words = [f"encoder={pretrained}", "format=timm", f"out={tmp_path}/timm"]
-    with pytest.raises(ValueError, match=r"^format=timm holds Swin V2, and the encoder has model\.position_bias=table"):
-        export(compose_config("export", words, output_dir=tmp_path / "run"))
-    assert not (tmp_path / "timm").exists()
+def test_it_goes_to_others_and_comes_back(pretrained, tmp_path, caplog):
+    """Its key has no bias: theirs is zero, and reading leaves it out. Of tables only what no window reaches is lost."""
+    words = [f"encoder={pretrained}", "format=official", f"out={tmp_path}/there/swin.pth"]
+    out = export(compose_config("export", words, output_dir=tmp_path / "run"))
+    assert "a Swin Transformer V1 pretrained with SimMIM" in (out.parent / "MODEL_CARD.md").read_text()
+    with caplog.at_level("INFO"):
+        inspect(compose_config("inspect", [f"encoder={out}"], output_dir=tmp_path))
+    assert "bias of keys was left out" in caplog.text and "norm pre, attention_similarity dot" in caplog.text
+    ours, theirs = (load_encoder(path).eval() for path in (pretrained, out))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours(images), theirs(images))
