@@ -1,6 +1,6 @@
 """`python -m simmim.inspect <file or folder>`: what weights are, and what one must say to use them.
 
-Of run folders, checkpoints and encoder files of ours, and of what the authors of Swin Transformer V2, timm,
+Of run folders, checkpoints and encoder files of ours, and of what the authors of Swin Transformer, timm,
 transformers and torchvision wrote. Nothing is computed, and no code of a file is run.
 """
 
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 WIDTH = 11
 """Of the first column."""
 
+STUDIED = ("position_bias", "table_resizing")
+"""What may differ in an encoder of a published size."""
+
 
 def inspect(config: Config) -> dict[str, Any]:
     """Says what a file or folder of weights is.
@@ -35,7 +38,7 @@ def inspect(config: Config) -> dict[str, Any]:
         What is said, by the words of the first column.
 
     Raises:
-        ValueError: If there are no weights of a Swin Transformer V2, or they could run code.
+        ValueError: If there are no weights of a Swin Transformer, or they could run code.
     """
     path = Path(config["encoder"])
     file = find_encoder_file(path)
@@ -87,7 +90,7 @@ def _published(known: dict[str, Any]) -> str:
     """The name of the published size."""
     for name, size in PUBLISHED[known["architecture"]].items():
         shape = {key: list(value) if isinstance(value, tuple) else value for key, value in size.items()}
-        if all(known["config"][key] == value for key, value in shape.items() if key != "position_bias"):
+        if all(known["config"][key] == value for key, value in shape.items() if key not in STUDIED):
             return name
     return f"a {ENCODERS[known['architecture']].title} of no published size"
 

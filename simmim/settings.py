@@ -130,6 +130,7 @@ MODEL: Section = {
     "position_bias": WORD | NULL,
     "norm": WORD | NULL,
     "attention_similarity": WORD | NULL,
+    "table_resizing": WORD | NULL,
     "layer_scale": number() | NULL,
 }
 

@@ -24,14 +24,8 @@ NEVER_NULL = ("window_size", "patch_size", "drop_path", "attention")
 """What every model must be told."""
 
 PUBLISHED = (
-    "embed_dim",
-    "depths",
-    "num_heads",
-    "extra_norm_every",
-    "position_bias",
-    "norm",
-    "attention_similarity",
-    "layer_scale",
+    *("embed_dim", "depths", "num_heads", "extra_norm_every"),
+    *("position_bias", "norm", "attention_similarity", "table_resizing", "layer_scale"),
 )
 """What the name of a published size says."""
 

@@ -71,8 +71,9 @@ def save_to_disk(pictures, folder):
 
 def released_weights(folder):
     """A small encoder under the names of the authors' code, and a whole model as transformers writes it."""
-    encoder = create_encoder("swinv2_t", window_size=4, embed_dim=12, depths=(1, 1, 1, 1))
-    torch.save({"model": to_official(encoder.state_dict())}, folder / "released.pth")
+    for name, file in (("swinv2_t", "released.pth"), ("swin_t", "swin-simmim.pth")):
+        encoder = create_encoder(name, window_size=4, embed_dim=12, depths=(1, 1, 1, 1))
+        torch.save({"model": to_official(encoder.state_dict())}, folder / file)
     transformers = pytest.importorskip("transformers")
     size = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
     config = transformers.Swinv2Config(image_size=64, window_size=4, encoder_stride=32, **size)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from simmim.command import compose_config
-from simmim.encoders.position_bias import move_table
+from simmim.encoders.table_resizing import move_table
 from simmim.encoders.weights import load_encoder, read_encoder_weights
 from simmim.pretrain import build, pretrain
 from simmim.run import run_length
@@ -241,7 +241,7 @@ def test_a_table_of_offsets_moves_with_the_windows(tmp_path):
     run(tmp_path / "2", *larger, "model.position_bias=table", f"encoder={tmp_path}/1")
     key = "stages.2.0.attention.position_bias.table"  # 2 x 2 tokens of the first run, 4 x 4 of the second
     before, after = (load_encoder(tmp_path / name).state_dict()[key] for name in "12")
-    expected = move_table(before, (2, 2), (4, 4), window_size=8)
+    expected = move_table(before, (2, 2), (4, 4), window_size=8, resizing="bicubic")
     assert torch.allclose(after, expected, atol=1e-6) and not torch.allclose(after, torch.zeros(()), atol=1e-3)
     with pytest.raises(ValueError, match=r"give model\.position_bias=table$"):
         run(tmp_path / "3", *larger, f"encoder={tmp_path}/1")

@@ -26,7 +26,10 @@ ENCODERS: dict[str, type[Encoder]] = {
 """All architectures."""
 
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "swinv2": {name: swinv2.V2 | size for name, size in swinv2.SIZES.items()} | swin.SIZES,
+    "swinv2": {
+        **{name: {**swinv2.V2, **swinv2.RESIZING, **size} for name, size in swinv2.SIZES.items()},
+        **{name: {**swin.RESIZING, **size} for name, size in swin.SIZES.items()},
+    },
     "vit": vit.SIZES,
 }
 """The published sizes of each; those of both versions of Swin, with what makes each the one or the other."""

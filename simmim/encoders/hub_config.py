@@ -11,7 +11,6 @@ INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, which transformers writes."""
 
 FIXED = {
-    "model_type": "swinv2",
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
     "mlp_ratio": 4.0,
@@ -23,13 +22,16 @@ FIXED = {
 Facts = dict[str, Any]
 
 
-def facts_of_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any], *, stages: int) -> Facts:
+def facts_of_transformers(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any], *, stages: int, model_type: str
+) -> Facts:
     """What transformers' `config.json` and `preprocessor_config.json` say.
 
     Args:
         config: The one; it may be empty.
         preprocessor: The other; it may be empty.
         stages: Number of stages.
+        model_type: What the weights are by their own names, "swinv2" or "swin".
 
     Returns:
         What is known of `embed_dim`, `depths`, `num_heads`, `patch_size`, `in_channels`; `window_sizes` of each stage
@@ -39,7 +41,7 @@ def facts_of_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, 
     Raises:
         ValueError: If it has what our encoder has not.
     """
-    for key, value in FIXED.items():
+    for key, value in (FIXED | {"model_type": model_type}).items():
         if config.get(key, value) != value:
             raise ValueError(f"its config.json has {key}={config[key]}, and the encoder knows {value} alone")
     facts = {
@@ -64,7 +66,8 @@ def facts_of_timm(config: Mapping[str, Any], *, stages: int) -> Facts:
     """What timm's `config.json` says, see `facts_of_transformers`.
 
     Where it holds no such arguments of the model, the name of the architecture tells the windows:
-    `swinv2_base_window12to16_192to256` was trained with windows of 12 tokens at 192 px, then with 16 at 256 px.
+    `swinv2_base_window12to16_192to256` was trained with windows of 12 tokens at 192 px, then with 16 at 256 px,
+    `swin_base_patch4_window7_224` with windows of 7 at 224 px.
     """
     arguments, images = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     named = _facts_of_name(str(config.get("architecture")), stages)
@@ -86,7 +89,7 @@ def facts_of_timm(config: Mapping[str, Any], *, stages: int) -> Facts:
 
 
 def _facts_of_name(architecture: str, stages: int) -> Facts:
-    found = re.fullmatch(r"swinv2_\w+?_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?", architecture)
+    found = re.fullmatch(r"swin(?:v2)?_\w+?_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?", architecture)
     if found is None:
         return {}
     window, later, size, larger = (int(number) if number else None for number in found.groups())

@@ -1,16 +1,18 @@
 """The names that an encoder's weights have elsewhere: in the authors' files, timm, transformers and torchvision.
 
 The functions `to_*` and `from_*` rename a state dict, or a dict of gradients alike, bit by bit: there and back changes
-nothing. All of these know log_cpb as the only position bias.
+nothing, of either version of Swin Transformer. One thing is an exception: V1's bias of the keys, which makes no
+difference to a softmax over keys, is not read, and is written as zeros.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-import torch
 from torch import Tensor
+
+from simmim.encoders.attention_weights import COSINE, TABLE, in_attentions, packed, unpacked
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_bias")
 """What others store, or once stored, though it can be recomputed."""
@@ -18,23 +20,26 @@ BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask", "k_b
 
 @dataclass(frozen=True)
 class Layout:
-    """How a library names the weights of Swin Transformer V2.
+    """How a library names the weights of Swin Transformer, of either version.
 
     Args:
         library: Its name, in words.
         names: Rules of renaming, ours to theirs: {s} stage, {b} block, {l} layer. What follows (.weight, .bias) stays.
         block: How the names of a block begin.
-        prefix: What the names of the encoder begin with in a model that holds more; "" if they never do.
+        prefixes: What the names of the encoder begin with in a model that holds more.
         heads: How the names of everything behind the encoder begin.
         mask_token: Whether there is one, and then of shape (1, 1, C).
+        qkv: "whole" where queries, keys and values share a weight, and V2 has a bias of queries and one of values;
+            "one bias" where they share that as well; "apart" where each has its own. V1 has a bias of the keys.
     """
 
     library: str
     names: dict[str, str]
     block: str
-    prefix: str
+    prefixes: tuple[str, ...]
     heads: tuple[str, ...]
     mask_token: bool
+    qkv: str
 
 
 _BLOCK = {
@@ -42,6 +47,7 @@ _BLOCK = {
     "norm2": "norm2",
     "attention.logit_scale": "attn.logit_scale",
     "attention.position_bias.mlp.{l}": "attn.cpb_mlp.{l}",
+    "attention.position_bias.table": "attn.relative_position_bias_table",
     "attention.proj": "attn.proj",
     "attention.qkv": "attn.qkv",
 }
@@ -73,9 +79,10 @@ OFFICIAL = Layout(
         **_OFFICIAL_AND_TIMM,
     },
     block=_OFFICIAL_BLOCK,
-    prefix="encoder.",
+    prefixes=("encoder.",),
     heads=("head.", "decoder."),
     mask_token=True,
+    qkv="whole",
 )
 
 TIMM = Layout(
@@ -86,9 +93,10 @@ TIMM = Layout(
         **_OFFICIAL_AND_TIMM,
     },
     block=_OFFICIAL_BLOCK,
-    prefix="",
+    prefixes=(),
     heads=("head.",),
     mask_token=False,
+    qkv="whole",
 )
 
 TRANSFORMERS = Layout(
@@ -107,6 +115,7 @@ TRANSFORMERS = Layout(
                 "attention.value": "attention.self.value",
                 "attention.logit_scale": "attention.self.logit_scale",
                 "attention.position_bias.mlp.{l}": "attention.self.continuous_position_bias_mlp.{l}",
+                "attention.position_bias.table": "attention.self.relative_position_bias_table",
                 "attention.proj": "attention.output.dense",
                 "norm1": "layernorm_before",
                 "mlp.0": "intermediate.dense",
@@ -117,9 +126,10 @@ TRANSFORMERS = Layout(
         ),
     },
     block=_TRANSFORMERS_BLOCK,
-    prefix="swinv2.",
+    prefixes=("swinv2.", "swin."),
     heads=("classifier.", "decoder."),
     mask_token=True,
+    qkv="apart",
 )
 
 TORCHVISION = Layout(
@@ -133,19 +143,20 @@ TORCHVISION = Layout(
         **_of_blocks(_BLOCK | {"mlp.0": "mlp.0", "mlp.2": "mlp.3"}, _TORCHVISION_BLOCK),  # 1 and 2 have no weights
     },
     block=_TORCHVISION_BLOCK,
-    prefix="",
+    prefixes=(),
     heads=("head.",),
     mask_token=False,
+    qkv="one bias",
 )
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as the authors' `SwinTransformerV2` does, with SimMIM's mask token.
+    """Names an encoder's weights as the authors' code does, with SimMIM's mask token.
 
     A SimMIM checkpoint of theirs has `encoder.` before each name; a plain encoder has no mask token.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
+        ValueError: If a weight has no place there: the extra norms of H and G, or a position bias of neither version.
     """
     return _rename_ours(state, OFFICIAL)
 
@@ -165,10 +176,10 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as timm's `SwinTransformerV2` does; it has no mask token, which is left out.
+    """Names an encoder's weights as timm does; it has no mask token, which is left out.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
+        ValueError: If a weight has no place there: the extra norms of H and G, or a position bias of neither version.
     """
     return _rename_ours(state, TIMM)
 
@@ -184,52 +195,54 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as transformers' `Swinv2Model` does, made with `use_mask_token=True`.
+    """Names an encoder's weights as files of transformers' models do, made with `use_mask_token=True`.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
+        ValueError: If a weight has no place there: the extra norms of H and G, or a position bias of neither version.
     """
-    return _rename_ours(_split_qkv(state), TRANSFORMERS)
+    return _rename_ours(state, TRANSFORMERS)
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names the weights of transformers' `Swinv2Model` as our encoder does.
+    """Names the weights of transformers' `Swinv2Model` or `SwinModel` as our encoder does.
 
-    Models with a head keep the encoder below `swinv2.`: that prefix goes, and so do the heads (`classifier.`,
-    `decoder.`). The mask token is there if theirs has one.
+    Models with a head keep the encoder below `swinv2.` or `swin.`: that prefix goes, and so do the heads
+    (`classifier.`, `decoder.`). The mask token is there if theirs has one.
 
     Raises:
         ValueError: If a key is neither the encoder's, nor a head's, nor a buffer of the geometry.
     """
-    return _join_qkv(_rename_theirs(state, TRANSFORMERS))
+    return _rename_theirs(state, TRANSFORMERS)
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names an encoder's weights as torchvision's `SwinTransformer` with `SwinTransformerBlockV2` does.
+    """Names an encoder's weights as torchvision's `SwinTransformer` does.
 
-    It has no mask token, which is left out. Its bias of the keys, which its `forward` takes as zero, is zero. What it
-    stores besides, `relative_coords_table` and `relative_position_index`, follows from the window.
+    It has no mask token, which is left out. The bias of the keys, which the `forward` of V2's blocks takes as zero, is
+    zero. What it stores besides, `relative_coords_table` and `relative_position_index`, follows from the window.
 
     Raises:
-        ValueError: If a weight has no place there: the extra norms of H and G, or another position bias than log_cpb.
+        ValueError: If a weight has no place there: the extra norms of H and G, or a position bias of neither version.
     """
-    return _rename_ours(_join_biases(state), TORCHVISION)
+    return _rename_ours(state, TORCHVISION)
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names torchvision's weights as our encoder does: all but the mask token. The classifier (`head.`) is left out.
 
-    So is the bias of the keys, whatever it holds: its `forward` takes it as zero.
+    So is the bias of the keys, whatever it holds: it makes no difference in V1, and V2's `forward` takes it as zero.
 
     Raises:
         ValueError: If a key is neither the encoder's, nor the classifier's, nor a buffer of the geometry.
     """
-    return _split_biases(_rename_theirs(state, TORCHVISION))
+    return _rename_theirs(state, TORCHVISION)
 
 
 def without_prefix(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """The state dict of a model that may hold more than the encoder, with the encoder's names as if it stood alone."""
-    return {key.removeprefix(layout.prefix): value for key, value in state.items()}
+    for prefix in layout.prefixes:
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
 
 
 def stage_of(key: str, layout: Layout) -> int | None:
@@ -246,9 +259,13 @@ def is_buffer(key: str) -> bool:
 
 def _rename_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     library = layout.library
-    if other := next((key for key in state if ".position_bias." in key and ".position_bias.mlp." not in key), None):
-        raise ValueError(f"{library} knows model.position_bias=log_cpb alone, and the encoder has {other}")
+    cosine = any(key.endswith(COSINE) for key in state)
+    known = "position_bias.mlp." if cosine else TABLE
+    if other := next((key for key in state if "position_bias." in key and known not in key), None):
+        bias = "log_cpb" if cosine else "table"
+        raise ValueError(f"{library} knows model.position_bias={bias} alone for such attention, and there is {other}")
     complaint = f"the encoder has weights without a place in {library}, which lacks the extra norms of H and G"
+    state = in_attentions(state, partial(packed, qkv=layout.qkv))
     kept = {key: value for key, value in state.items() if layout.mask_token or key != "mask_token"}
     if "mask_token" in kept:
         kept["mask_token"] = kept["mask_token"].view(1, 1, -1)
@@ -261,8 +278,8 @@ def _rename_theirs(
     plain = without_prefix(state, layout)
     needed = {key: value for key, value in plain.items() if not key.startswith(layout.heads) and not is_buffer(key)}
     rules = [(theirs, ours) for ours, theirs in (layout.names | dict(also or {})).items()]
-    complaint = f"these are not the weights of a Swin V2 encoder of {layout.library}: unknown keys"
-    renamed = _rename(needed, rules, complaint)
+    complaint = f"these are not the weights of a Swin encoder of {layout.library}: unknown keys"
+    renamed = in_attentions(_rename(needed, rules, complaint), unpacked)
     return {key: value.flatten() if key == "mask_token" else value for key, value in renamed.items()}
 
 
@@ -299,53 +316,3 @@ def _translate(key: str, source: str, target: str) -> str | None:
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = _SLOT.sub(r"(?P<\2>\\d+)", template.replace(".", r"\."))
     return re.compile(escaped + r"(?P<leaf>\.weight|\.bias)?")
-
-
-def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    split = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition("attention.")
-        if leaf == "qkv.weight":
-            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                split[f"{stem}attention.{name}.weight"] = part
-        elif leaf in ("q_bias", "v_bias"):
-            split[f"{stem}attention.{'query' if leaf == 'q_bias' else 'value'}.bias"] = value
-        else:
-            split[key] = value
-    return split
-
-
-def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    joined = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition("attention.")
-        if leaf == "query.weight":
-            parts = [state[f"{stem}attention.{name}.weight"] for name in ("query", "key", "value")]
-            joined[f"{stem}attention.qkv.weight"] = torch.cat(parts)
-        elif leaf in ("query.bias", "value.bias"):
-            joined[f"{stem}attention.{leaf[0]}_bias"] = value
-        elif leaf not in ("key.weight", "value.weight"):
-            joined[key] = value
-    return joined
-
-
-def _join_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    joined = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition(".")
-        if leaf == "q_bias":
-            joined[f"{stem}.qkv.bias"] = torch.cat([value, torch.zeros_like(value), state[f"{stem}.v_bias"]])
-        elif leaf != "v_bias":
-            joined[key] = value
-    return joined
-
-
-def _split_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    split = {}
-    for key, value in state.items():
-        stem, is_bias, _ = key.partition("qkv.bias")
-        if is_bias:
-            split[f"{stem}q_bias"], _, split[f"{stem}v_bias"] = value.chunk(3)
-        else:
-            split[key] = value
-    return split

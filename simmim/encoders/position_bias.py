@@ -3,7 +3,7 @@
 A bias is added to the logits of each head by the offset between two tokens. A continuous one is a small network of
 the offset, in log space ("log_cpb": what V2 uses) or as it is ("linear_cpb"): it moves to another window as it
 stands. A table ("table", of Swin Transformer, arXiv 2103.14030, section 3.2) learns a number an offset, and must be
-resized. Shape letters: h, w window in tokens; T = h * w; n heads.
+resized (`simmim.encoders.table_resizing`). Shape letters: h, w window in tokens; T = h * w; n heads.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simmim.encoders.table_resizing import middle_of
 from simmim.encoders.windows import kept
 
 HIDDEN_WIDTH = 512
@@ -80,31 +81,6 @@ def table_of_pairs(gradient: Tensor, window: Window) -> Tensor:
     return F.fold(parts, (2 * window[0] - 1, 2 * window[1] - 1), window)[0]
 
 
-def move_table(table: Tensor, trained_window: Window, window: Window, *, window_size: int) -> Tensor:
-    """Brings a table of offsets to another window by bicubic interpolation, as Swin Transformer does to fine-tune.
-
-    What was trained, the middle, is stretched to the offsets of the new window. These come to lie in the middle of
-    the new table; offsets beyond them take the nearest one's value.
-
-    Args:
-        table: (n, 2s - 1, 2s - 1), s at least the trained window's sides.
-        trained_window: Height and width in tokens of the window that the table was trained with.
-        window: Those of the window that it is going to serve.
-        window_size: Side in tokens of the window that the new table has room for.
-
-    Returns:
-        (n, 2 * window_size - 1, 2 * window_size - 1); the table itself where nothing changes.
-    """
-    side = 2 * window_size - 1
-    if trained_window == window and table.shape[-1] == side:
-        return table
-    middle = _middle(table, _extent(trained_window))[None]
-    if trained_window != window:
-        middle = F.interpolate(middle, _extent(window), mode="bicubic", align_corners=False)
-    rows, columns = ((side - length) // 2 for length in _extent(window))
-    return F.pad(middle, (columns, columns, rows, rows), mode="replicate")[0]
-
-
 class LogSpacedPositionBias(nn.Module):
     """B = 16 sigmoid(MLP(log-spaced offset)), one value a head and offset.
 
@@ -151,7 +127,7 @@ class PositionBiasTable(nn.Module):
 
     def forward(self, offsets: Tensor) -> Tensor:
         """Any offsets of a window (2h - 1, 2w - 1, 2) -> (n, 2h - 1, 2w - 1), in fp32 or float64."""
-        middle = _middle(self.table, (offsets.shape[0], offsets.shape[1]))
+        middle = middle_of(self.table, (offsets.shape[0] // 2 + 1, offsets.shape[1] // 2 + 1))
         return middle.to(_precise(middle.dtype)).contiguous()
 
 
@@ -198,14 +174,3 @@ def _bias(network: nn.Sequential, offsets: Tensor) -> Tensor:
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)  # a bias of up to 16 needs more than 8 bits
-
-
-def _extent(window: Window) -> tuple[int, int]:
-    """Offsets along each axis of a window."""
-    return 2 * window[0] - 1, 2 * window[1] - 1
-
-
-def _middle(table: Tensor, extent: tuple[int, int]) -> Tensor:
-    """(n, H, W) -> (n, *extent)."""
-    top, left = ((length - part) // 2 for length, part in zip(table.shape[1:], extent, strict=True))
-    return table[:, top : top + extent[0], left : left + extent[1]]

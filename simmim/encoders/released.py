@@ -1,4 +1,4 @@
-"""Weights of Swin Transformer V2 that others released: the authors' code, timm, transformers, torchvision.
+"""Weights of Swin Transformer, V1 or V2, that others released: the authors' code, timm, transformers, torchvision.
 
 Which of them wrote a file is told by the names in it. The architecture is that of the tensors; windows and image size
 are what stored buffers or a `config.json` beside the file say, and stay unknown where neither does.
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simmim.encoders import swin, swinv2
+from simmim.encoders.attention_weights import COSINE, TABLE
 from simmim.encoders.hub_config import Facts, facts_of_timm, facts_of_transformers
 from simmim.encoders.names import (
     OFFICIAL,
@@ -26,7 +28,9 @@ from simmim.encoders.names import (
     without_prefix,
 )
 from simmim.encoders.stored_windows import stored_geometry
+from simmim.encoders.swin import V1
 from simmim.encoders.swinv2 import V2, SwinTransformerV2
+from simmim.encoders.table_resizing import move_table
 from simmim.encoders.tensor_files import CONFIG, PREPROCESSOR, read_json
 
 State = Mapping[str, Tensor]
@@ -47,13 +51,18 @@ CLASSIFIERS = {
 """Where a linear classifier lies."""
 
 OTHERS = {
-    "relative_position_bias_table": "Swin Transformer V1",
     "cls_token": "a Vision Transformer (ViT)",
     "class_token": "a Vision Transformer (ViT)",
     "pos_embed": "a Vision Transformer (ViT)",
     "pos_embedding": "a Vision Transformer (ViT)",
 }
 """What the last part of a name betrays."""
+
+TOLD_BY = ("logit_scale", "relative_position_bias_table")
+"""The ends of names that each version of Swin Transformer has."""
+
+KEY_BIASES = ("qkv.bias", "key.bias")
+"""The ends of names of what holds a bias of the keys."""
 
 CLAIMS = ("embed_dim", "depths", "num_heads", "patch_size", "in_channels")
 """What both the tensors and a `config.json` say."""
@@ -70,7 +79,7 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
         As `simmim.encoders.weights.read_encoder_weights`.
 
     Raises:
-        ValueError: If it holds no Swin Transformer V2, or one that our encoder is not.
+        ValueError: If it holds no Swin Transformer, or one that our encoder is not.
     """
     try:
         state = _state_of(tree)
@@ -81,6 +90,7 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
         facts = _facts(plain, layout, shape, file.parent)
         known = _geometry(shape, facts)
         notes = _complete(weights, plain, layout)
+        _make_room(weights, known)
         _check_complete(weights, known)
         head, classes = _classifier(plain, layout, facts)
     except ValueError as error:
@@ -113,16 +123,16 @@ def _recognise(state: State) -> Layout:
     """Whose names these are."""
     for key in state:
         if other := OTHERS.get(key.rpartition(".")[2]):
-            raise ValueError(f"it holds {other} ({key}), and the encoder is a Swin Transformer V2")
-    if not any(key.endswith("logit_scale") for key in state):
-        raise ValueError(f"it holds no Swin Transformer V2 that is known: its first name is {next(iter(state))}")
+            raise ValueError(f"it holds {other} ({key}), and the encoder is a Swin Transformer")
+    if not any(key.endswith(TOLD_BY) for key in state):
+        raise ValueError(f"it holds no Swin Transformer that is known: its first name is {next(iter(state))}")
     if "features.0.0.weight" in state:
         return TORCHVISION
-    if any(key.removeprefix("swinv2.").startswith("embeddings.patch_embeddings.") for key in state):
+    if "embeddings.patch_embeddings.projection.weight" in without_prefix(state, TRANSFORMERS):
         return TRANSFORMERS
     plain = without_prefix(state, OFFICIAL)
     if "patch_embed.proj.weight" not in plain:
-        raise ValueError(f"it holds no Swin Transformer V2 that is known: its first name is {next(iter(state))}")
+        raise ValueError(f"it holds no Swin Transformer that is known: its first name is {next(iter(state))}")
     opens = any(key.startswith("layers.1.downsample.") for key in plain) or "head.fc.weight" in plain
     return TIMM if opens and not any(key.startswith("layers.0.downsample.") for key in plain) else OFFICIAL
 
@@ -133,7 +143,7 @@ def _shape_of(weights: State) -> dict[str, Any]:
     heads, norms = {}, []
     for key, value in weights.items():
         part = key.split(".")
-        if key.endswith("attention.logit_scale"):
+        if key.endswith((COSINE, TABLE)):
             heads[int(part[1]), int(part[2])] = len(value)
         elif key.endswith("extra_norm.weight"):
             norms.append(int(part[2]) + 1)
@@ -149,6 +159,7 @@ def _shape_of(weights: State) -> dict[str, Any]:
         "extra_norm_every": min(norms, default=0),
         "patch_size": patches.shape[2],
         "in_channels": patches.shape[1],
+        **(V2 if any(key.endswith(COSINE) for key in weights) else {key: V1[key] for key in V2}),
     }
 
 
@@ -161,7 +172,8 @@ def _facts(plain: State, layout: Layout, shape: Mapping[str, Any], folder: Path)
     if layout is TIMM:
         facts = facts_of_timm(config, stages=stages)
     elif layout is TRANSFORMERS:
-        facts = facts_of_transformers(config, read_json(folder / PREPROCESSOR), stages=stages)
+        name = "swinv2" if shape["position_bias"] == V2["position_bias"] else "swin"
+        facts = facts_of_transformers(config, read_json(folder / PREPROCESSOR), stages=stages, model_type=name)
     if wrong := [key for key in CLAIMS if _plain(facts.get(key)) not in (None, shape[key])]:
         raise ValueError(f"its config.json has {wrong[0]}={facts[wrong[0]]}, and its tensors {shape[wrong[0]]}")
     return facts | stored_geometry(plain, layout, stages=stages, patch_size=shape["patch_size"])
@@ -188,13 +200,21 @@ def _geometry(shape: dict[str, Any], facts: Facts) -> dict[str, Any]:
         "pretrained_window_size": None if trained == windows else [_short(window) for window in trained or []],
         "drop_path": 0.0,
         "attention": "auto",
-        **V2,
+        **(swinv2.RESIZING if shape["position_bias"] == V2["position_bias"] else swin.RESIZING),
     }
     return {"config": config, "image_size": size, "windows": windows}
 
 
 def _short(window: list[int]) -> int | list[int]:
     return window[0] if window[0] == window[1] else window
+
+
+def _make_room(weights: dict[str, Tensor], known: Mapping[str, Any]) -> None:
+    """Tables of windows that shrink to their map become as large as the others, whose middle they are then."""
+    for key in [key for key in weights if key.endswith(TABLE)]:
+        window = ((weights[key].shape[1] + 1) // 2,) * 2
+        room = max(known["config"]["window_size"] or 0, *window)
+        weights[key] = move_table(weights[key], window, window, window_size=room, resizing="bicubic")
 
 
 def _check_complete(weights: State, known: Mapping[str, Any]) -> None:
@@ -206,7 +226,7 @@ def _check_complete(weights: State, known: Mapping[str, Any]) -> None:
     held = {key: tuple(value.shape) for key, value in weights.items()}
     if wrong := [key for key in model | held if model.get(key) != held.get(key)]:
         first = f"{wrong[0]} {held.get(wrong[0], 'missing')} (the encoder's: {model.get(wrong[0], 'none')})"
-        raise ValueError(f"{len(wrong)} of its tensors are not those of a Swin Transformer V2, the first {first}")
+        raise ValueError(f"{len(wrong)} of its tensors are not those of a Swin Transformer, the first {first}")
     size, windows = known["image_size"], known["windows"]
     if size and windows and (ours := [list(window) for window in encoder.windows(*size)]) != windows:
         raise ValueError(f"its windows of {windows} tokens are not those of one window at {size} px, which are {ours}")
@@ -221,17 +241,17 @@ def _complete(weights: dict[str, Tensor], plain: State, layout: Layout) -> list[
         notes.append("its decoder was left out: it predicts pixels, and reconstruct alone needs it")
     if any(key.startswith(CLASSIFIERS[layout.library]) for key in plain):
         notes.append("its classifier was set aside: evaluate and finetune take it where the classes are the same")
+    if any(key.endswith(KEY_BIASES) for key in plain):
+        notes.append("its bias of keys was left out: it makes no difference to the softmax, or counts as zero")
     if layout is TORCHVISION:
         notes.append(
-            "its bias of keys was left out: it counts as zero; where a map is no whole number of windows, torchvision "
-            "fills it up, and the encoder shrinks the window: another function"
+            "where a map is no whole number of windows, torchvision fills it up, and the encoder shrinks the window: "
+            "another function"
         )
     if "mask_token" not in weights:
-        generator = torch.Generator().manual_seed(0)
-        token = torch.nn.init.trunc_normal_(
-            torch.empty(len(weights["embed.norm.weight"])), std=0.02, generator=generator
-        )
-        weights["mask_token"] = token.to(weights["embed.norm.weight"].dtype)
+        patches, generator = weights["embed.proj.weight"], torch.Generator().manual_seed(0)
+        token = torch.nn.init.trunc_normal_(torch.empty(len(patches)), std=0.02, generator=generator)
+        weights["mask_token"] = token.to(patches.dtype)
         notes.append("the mask token starts anew: it has none")
     return notes
 

@@ -1,7 +1,7 @@
-"""What the buffers of a released file tell of its training: windows, those of an earlier stage, and the image size.
+"""What the tensors of a released file tell of its training: windows, those of an earlier stage, and the image size.
 
-Files of the authors' code, and of older libraries, hold tensors that could be recomputed. They are not loaded, but
-their shapes and values are all that such a file says of its geometry.
+Files of the authors' code, and of older libraries, hold buffers that could be recomputed. They are not loaded, but
+their shapes and values are all that such a file says of its geometry. V1's tables of positions tell their windows.
 """
 
 import math
@@ -31,7 +31,7 @@ def stored_geometry(state: Mapping[str, Tensor], layout: Layout, *, stages: int,
 
     Returns:
         `windows` of each stage in tokens, `pretrained_windows` likewise, in which the position bias counts, and
-        `image_size` in pixels, [height, width] each; without what the buffers do not tell.
+        `image_size` in pixels, [height, width] each; without what the tensors do not tell.
 
     Raises:
         ValueError: If the offsets are not spaced as log_cpb has them.
@@ -41,7 +41,9 @@ def stored_geometry(state: Mapping[str, Tensor], layout: Layout, *, stages: int,
         if (stage := stage_of(key, layout)) is not None:
             buffers.setdefault(key.rpartition(".")[2], {}).setdefault(stage, value)
     tables, masks = buffers.get("relative_coords_table", {}), buffers.get("attn_mask", {})
+    learnt = buffers.get("relative_position_bias_table", {})
     windows = {stage: _window_of_table(table) for stage, table in tables.items()}
+    windows |= {stage: _window_of_offsets(table) for stage, table in learnt.items()}
     for name in ("relative_position_index", "attn_mask"):
         for stage, buffer in buffers.get(name, {}).items():
             windows.setdefault(stage, _window_of_pairs(buffer))
@@ -50,6 +52,8 @@ def stored_geometry(state: Mapping[str, Tensor], layout: Layout, *, stages: int,
     known: dict[str, Any] = {"windows": [list(windows[stage]) for stage in range(stages)]}
     if len(tables) == stages:
         known["pretrained_windows"] = [list(_trained_window(tables[stage])) for stage in range(stages)]
+    elif len(learnt) == stages:
+        known["pretrained_windows"] = known["windows"]
     if size := _image_size(windows, masks, patch_size):
         known["image_size"] = list(size)
     return known
@@ -58,6 +62,12 @@ def stored_geometry(state: Mapping[str, Tensor], layout: Layout, *, stages: int,
 def _window_of_table(table: Tensor) -> Window:
     """(1, 2h - 1, 2w - 1, 2) -> (h, w)."""
     return (table.shape[1] + 1) // 2, (table.shape[2] + 1) // 2
+
+
+def _window_of_offsets(table: Tensor) -> Window:
+    """(offsets, n): those of a square window, as `simmim.encoders.names` asks."""
+    side = math.isqrt(len(table)) // 2 + 1
+    return side, side
 
 
 def _window_of_pairs(buffer: Tensor) -> Window:

@@ -9,6 +9,9 @@ from typing import Any
 V1: dict[str, Any] = {"extra_norm_every": 0, "norm": "pre", "attention_similarity": "dot", "position_bias": "table"}
 """What makes the encoder the first version."""
 
+RESIZING = {"table_resizing": "geometric"}
+"""How SimMIM moves its tables to the windows of fine-tuning."""
+
 SIZES: dict[str, dict[str, Any]] = {
     "swin_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **V1},
     "swin_s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **V1},

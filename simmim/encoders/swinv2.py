@@ -17,6 +17,7 @@ from simmim.encoders.attention import IMPLEMENTATIONS, highest_weights, resolve_
 from simmim.encoders.block import MultiHeadAttention, ResidualBlock
 from simmim.encoders.encoder import Encoder, check_numbers, drop_rates
 from simmim.encoders.position_bias import OFFSETS, PositionBiasTable, create_position_bias
+from simmim.encoders.table_resizing import RESIZINGS
 from simmim.encoders.windows import Geometry, Windows, merge, places, regions, reorder
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -40,6 +41,9 @@ SIMILARITIES = ("cosine", "dot")
 
 V2: dict[str, Any] = {"position_bias": "log_cpb", "norm": "res_post", "attention_similarity": "cosine"}
 """What makes the encoder the second version."""
+
+RESIZING = {"table_resizing": "bicubic"}
+"""How the second version's paper moves the table that it compares its position bias to."""
 
 
 class WindowAttention(MultiHeadAttention):
@@ -182,6 +186,7 @@ class SwinTransformerV2(Encoder):
         position_bias: "log_cpb", "linear_cpb" or "table", see `simmim.encoders.position_bias`.
         norm: One of `NORMS`.
         attention_similarity: One of `SIMILARITIES`.
+        table_resizing: A key of `RESIZINGS`: how `simmim.encoders.weights.load_encoder_weights` moves a table.
 
     Raises:
         ValueError: If the numbers contradict each other.
@@ -190,7 +195,7 @@ class SwinTransformerV2(Encoder):
     architecture = "swinv2"
     title = "Swin Transformer"
     implementations = tuple(IMPLEMENTATIONS)
-    usual: ClassVar[dict[str, Any]] = {**V2, "pretrained_window_size": None, "patch_size": 4}
+    usual: ClassVar[dict[str, Any]] = {**V2, **RESIZING, "pretrained_window_size": None, "patch_size": 4}
     words = tuple(V2)
 
     def __init__(
@@ -209,6 +214,7 @@ class SwinTransformerV2(Encoder):
         position_bias: str,
         norm: str,
         attention_similarity: str,
+        table_resizing: str,
     ) -> None:
         super().__init__()
         trained_windows = _per_stage(pretrained_window_size, len(depths))
@@ -221,7 +227,7 @@ class SwinTransformerV2(Encoder):
             in_channels=in_channels,
             drop_path=drop_path,
         )
-        _check_words(norm, attention_similarity)
+        _check_words(norm, attention_similarity, table_resizing)
         resolve_implementation(attention, torch.device("cpu"))
         self.config = {
             "embed_dim": embed_dim,
@@ -237,6 +243,7 @@ class SwinTransformerV2(Encoder):
             "position_bias": position_bias,
             "norm": norm,
             "attention_similarity": attention_similarity,
+            "table_resizing": table_resizing,
         }
         self.patch_size = patch_size
         self.window_size = window_size
@@ -407,7 +414,11 @@ def _sides(window: int | Sequence[int]) -> tuple[int, int]:
     return (window, window) if isinstance(window, int) else (window[0], window[1])
 
 
-def _check_words(norm: str, similarity: str) -> None:
-    for key, value, words in (("norm", norm, NORMS), ("attention_similarity", similarity, SIMILARITIES)):
+def _check_words(norm: str, similarity: str, resizing: str) -> None:
+    for key, value, words in (
+        ("norm", norm, NORMS),
+        ("attention_similarity", similarity, SIMILARITIES),
+        ("table_resizing", resizing, tuple(RESIZINGS)),
+    ):
         if value not in words:
             raise ValueError(f"model.{key}={value} is unknown: choose {' or '.join(words)}")

@@ -19,6 +19,7 @@ from simmim.encoders.attention import PAIRWISE, highest_pairwise_weights, pairwi
 from simmim.encoders.block import MultiHeadAttention, ResidualBlock
 from simmim.encoders.encoder import Encoder, check_numbers, drop_rates
 from simmim.encoders.position_bias import PositionBiasTable, bias_of_pairs, linear_spaced_offsets
+from simmim.encoders.table_resizing import RESIZINGS
 
 SIZES: dict[str, dict[str, Any]] = {
     "vit_s": {"embed_dim": 384, "depths": (12,), "num_heads": (6,)},
@@ -103,6 +104,8 @@ class VisionTransformer(Encoder):
         attention: "auto" or a key of `simmim.encoders.attention.PAIRWISE`.
         position_bias: One of `POSITION_BIASES`.
         layer_scale: What the channels of each branch are multiplied with at first; 0 for no such scales.
+        table_resizing: A key of `RESIZINGS`: how `simmim.encoders.weights.load_encoder_weights` moves a table; as
+            SimMIM does, "geometric".
 
     Raises:
         ValueError: If the numbers contradict each other.
@@ -111,7 +114,12 @@ class VisionTransformer(Encoder):
     architecture = "vit"
     title = "Vision Transformer"
     implementations = tuple(PAIRWISE)
-    usual: ClassVar[dict[str, Any]] = {"patch_size": 16, "position_bias": "shared_table", "layer_scale": 0.1}
+    usual: ClassVar[dict[str, Any]] = {
+        "patch_size": 16,
+        "position_bias": "shared_table",
+        "layer_scale": 0.1,
+        "table_resizing": "geometric",
+    }
     words = ("position_bias",)
 
     def __init__(
@@ -127,6 +135,7 @@ class VisionTransformer(Encoder):
         attention: str,
         position_bias: str,
         layer_scale: float,
+        table_resizing: str,
     ) -> None:
         super().__init__()
         self.config = {
@@ -140,6 +149,7 @@ class VisionTransformer(Encoder):
             "attention": attention,
             "position_bias": position_bias,
             "layer_scale": layer_scale,
+            "table_resizing": table_resizing,
         }
         _check(self.config)
         self.patch_size = self.stride = patch_size
@@ -279,7 +289,8 @@ def _truncated(weight: Tensor) -> None:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    check_numbers(**{key: config[key] for key in config if key not in ("attention", "position_bias", "layer_scale")})
+    others = {"attention", "position_bias", "layer_scale", "table_resizing"}
+    check_numbers(**{key: config[key] for key in config if key not in others})
     if len(config["depths"]) != 1:
         raise ValueError(f"model.depths={config['depths']}: a Vision Transformer has one stage, as model.depths=[12]")
     if config["layer_scale"] < 0:
@@ -289,4 +300,6 @@ def _check(config: Mapping[str, Any]) -> None:
             f"model.position_bias={config['position_bias']} is none of a Vision Transformer: choose "
             f"{' or '.join(POSITION_BIASES)}"
         )
+    if config["table_resizing"] not in RESIZINGS:
+        raise ValueError(f"model.table_resizing={config['table_resizing']} is unknown: choose {' or '.join(RESIZINGS)}")
     resolve_implementation(config["attention"], torch.device("cpu"), PAIRWISE)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from simmim.checkpoint_files import is_folder_of_shards, load, load_rest
 from simmim.encoders import ENCODERS, Encoder, create_encoder, settings_of
-from simmim.encoders.position_bias import move_table
 from simmim.encoders.released import read_released
-from simmim.encoders.swinv2 import V2, SwinTransformerV2
+from simmim.encoders.swinv2 import RESIZING, V2, SwinTransformerV2
+from simmim.encoders.table_resizing import move_table
 from simmim.encoders.tensor_files import WEIGHTS, is_safetensors, read_pytorch, read_safetensors
 from simmim.encoders.vit import spread_table
 from simmim.run_folder import ENCODER, list_checkpoints, whole_file
@@ -31,7 +31,7 @@ HEAD = "head."
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "layer_scale", "patch_size", "in_channels")
 """Settings of an encoder that its weights' names and shapes depend on, whatever its position bias."""
 
-BEFORE = V2
+BEFORE = V2 | RESIZING
 """What the configuration of older files of a Swin Transformer, which does not say, stands for."""
 
 OURS: dict[str, Any] = {"origin": "simmim", "decoder": None, "notes": []}
@@ -137,7 +137,7 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int,
     A table of position biases that all blocks share is given to each of them, where the encoder has one for each
     (`simmim.encoders.vit.spread_table`). A position bias that is a table is moved from the windows that it was trained
     with to those that the encoder has at the image size, once and for all: give the largest one, at which the fewest
-    windows shrink to their map.
+    windows shrink to their map. The encoder's `table_resizing` says how.
 
     Args:
         encoder: What to load into.
@@ -153,11 +153,12 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int,
     """
     file = find_encoder_file(path)
     weights, metadata = read_encoder_weights(file)
-    trained = metadata["windows"]
     if (encoder.config["position_bias"], metadata["config"]["position_bias"]) == ("table", "shared_table"):
         weights, metadata = _spread(weights, metadata)
+    trained, notes = metadata["windows"], list(metadata["notes"])
     if trained is not None:
-        weights = _move_tables(encoder, weights, trained, image_size)
+        weights, moved = _move_tables(encoder, weights, trained, image_size)
+        notes += [f"{moved} position tables were moved, {encoder.config['table_resizing']}"] if moved else []
     _check_fit(encoder, weights, metadata, file)
     if encoder.counts_in_trained_windows:
         given = encoder.config["pretrained_window_size"]
@@ -172,14 +173,14 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int,
     size, windows = metadata["image_size"], ", ".join(map(_by, trained or []))
     report += f", trained at {_by(size)} px" if size else ", trained at an unknown image size"
     report += f" with windows of {windows} tokens" if windows else ""
-    return ". ".join([report, *(f"{note[0].upper()}{note[1:]}" for note in metadata["notes"])]) + "."
+    return ". ".join([report, *(f"{note[0].upper()}{note[1:]}" for note in notes)]) + "."
 
 
 def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the weights of an encoder and what is known of it, without running any code of the file.
 
     Args:
-        path: A run folder, a training checkpoint, an encoder file of ours, or what the authors of Swin Transformer V2,
+        path: A run folder, a training checkpoint, an encoder file of ours, or what the authors of Swin Transformer,
             timm, transformers or torchvision wrote: a file of weights, or a folder with them and a `config.json`.
 
     Returns:
@@ -191,7 +192,7 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         that predicts pixels in SimMIM, or None; `notes`, what was left out or added, in words.
 
     Raises:
-        ValueError: If there are no weights of a Swin Transformer V2, they are damaged, or could run code.
+        ValueError: If there are no weights of a Swin Transformer, they are damaged, or could run code.
     """
     file = find_encoder_file(path)
     if file.is_dir():
@@ -406,19 +407,24 @@ def _check_fit(encoder: Encoder, weights: dict[str, Tensor], metadata: dict[str,
 
 def _move_tables(
     encoder: Encoder, weights: dict[str, Tensor], trained: list[list[int]], image_size: tuple[int, int]
-) -> dict[str, Tensor]:
-    """Position biases that are tables for the encoder's windows; everything else as it is.
+) -> tuple[dict[str, Tensor], int]:
+    """Position biases that are tables for the encoder's windows, everything else as it is; how many were resized.
 
     A table that no block holds is shared by all of them, which are one stage.
     """
-    moved, now = dict(weights), encoder.windows(*image_size)
+    moved, resized, now = dict(weights), 0, encoder.windows(*image_size)
     for stage, (before, window) in enumerate(zip(trained, now, strict=False)):  # stages too many fit nowhere
         for key in weights:
             if key.startswith((f"stages.{stage}.", "position_bias.")) and key.endswith("position_bias.table"):
                 moved[key] = move_table(
-                    weights[key].float(), (before[0], before[1]), window, window_size=encoder.window_size
+                    weights[key].float(),
+                    (before[0], before[1]),
+                    window,
+                    window_size=encoder.window_size,
+                    resizing=encoder.config["table_resizing"],
                 )
-    return moved
+                resized += (before[0], before[1]) != window
+    return moved, resized
 
 
 def _spread(weights: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -42,15 +42,16 @@ class Format:
 
 
 def check_version(model: Model, form: Format) -> None:
-    """Refuses what Swin V2 has replaced, where a library's Swin V2 is what reads the export.
+    """Refuses what is no version of Swin Transformer, where a library's is what reads the export.
 
     Raises:
-        ValueError: With the setting.
+        ValueError: With the settings.
     """
-    other = [f"model.{key}={value}" for key, value in model.config.items() if key in V2 and value != V2[key]]
-    if other and form.name not in ("safetensors", "onnx"):
+    if model.version is None and form.name not in ("safetensors", "onnx"):
+        own = ", ".join(f"model.{key}={model.config[key]}" for key in V2 if key in model.config)
         raise ValueError(
-            f"format={form.name} holds Swin V2, and the encoder has {', '.join(other)}: give format=safetensors or onnx"
+            f"format={form.name} holds Swin V1 or V2, and the encoder is neither, with {own}: give format=safetensors "
+            "or onnx"
         )
 
 
@@ -64,6 +65,7 @@ def check_square_windows(model: Model, key: str) -> None:
     Raises:
         ValueError: With the stage.
     """
+    ways = "format=onnx or safetensors" if model.version == 1 else "format=timm, onnx or safetensors"
     for stage in range(len(model.encoder.channels)):
         stride = model.encoder.patch_size * 2**stage
         height, width = (side // stride for side in model.image_size)
@@ -72,10 +74,10 @@ def check_square_windows(model: Model, key: str) -> None:
             raise ValueError(
                 f"{key} has square windows alone, and at {model.image_size[0]}x{model.image_size[1]} px stage "
                 f"{stage + 1} has windows of {fitted.window[0]}x{fitted.window[1]} tokens, shifted by "
-                f"{fitted.shift[0]} and {fitted.shift[1]}: give format=timm, onnx or safetensors"
+                f"{fitted.shift[0]} and {fitted.shift[1]}: give {ways}"
             )
     if wide := [window for window in model.windows if isinstance(window, list)]:
         raise ValueError(
             f"{key} has one number for the window that a position bias was trained with, and here that is "
-            f"{wide[0][0]}x{wide[0][1]} tokens: give format=timm, onnx or safetensors"
+            f"{wide[0][0]}x{wide[0][1]} tokens: give {ways}"
         )

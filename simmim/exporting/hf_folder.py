@@ -1,6 +1,6 @@
 """Hugging Face transformers: a folder that `from_pretrained` opens.
 
-transformers adds the mask of shifted windows twice, where the authors, timm, torchvision and we add it once: what a
+transformers adds V2's mask of shifted windows twice, where the authors, timm, torchvision and we add it once: what a
 query may then still see of another region, a share of about exp(-100), becomes exp(-200). With scales of up to 100
 and biases of up to 16 that is not always nothing, so what it computes is measured both ways.
 """
@@ -20,15 +20,26 @@ from simmim.exporting.model import Model, Outputs
 
 WEIGHTS = "model.safetensors"
 
+MASKED_TWICE = """\
+transformers (as of 5.23) adds the mask of shifted windows twice, where Swin V2 adds it once; how far its
+features are from the model's own stands below. """
+"""For the card, of V2."""
+
 RESAMPLING = {"bilinear": 2, "bicubic": 3}
 """Numbers of PIL's."""
 
 
+def kind_of(model: Model) -> str:
+    """What transformers calls the version: in a `config.json`, and where a model with a head keeps the encoder."""
+    return "swinv2" if model.version == 2 else "swin"
+
+
 def architecture(model: Model) -> str:
     """The class of transformers that holds all that the model has."""
+    family = kind_of(model).capitalize()
     if model.head is not None:
-        return "Swinv2ForImageClassification"
-    return "Swinv2Model" if model.decoder is None else "Swinv2ForMaskedImageModeling"
+        return f"{family}ForImageClassification"
+    return f"{family}Model" if model.decoder is None else f"{family}ForMaskedImageModeling"
 
 
 def trained_windows_of(model: Model) -> list[int]:
@@ -54,14 +65,17 @@ def config_of(model: Model) -> dict[str, Any]:
     if height != width:
         raise ValueError(f"format=hf is for square images, not {height}x{width} px: give format=timm or onnx")
     check_square_windows(model, "format=hf")
+    if model.version == 1:
+        _check_whole_windows(model)
+    trained = {"pretrained_window_sizes": trained_windows_of(model)} if model.version == 2 else {}
     names = dict(enumerate(model.classes or []))
     return {
-        "model_type": "swinv2",
+        "model_type": kind_of(model),
         "architectures": [architecture(model)],
         "image_size": height,
         "num_channels": model.config["in_channels"],
         **{key: model.config[key] for key in ("patch_size", "embed_dim", "depths", "num_heads", "window_size")},
-        "pretrained_window_sizes": trained_windows_of(model),
+        **trained,
         "drop_path_rate": model.config["drop_path"],
         "encoder_stride": model.encoder.stride,
         "mlp_ratio": 4.0,
@@ -72,6 +86,16 @@ def config_of(model: Model) -> dict[str, Any]:
         "dtype": "float32",
         **({"id2label": names, "label2id": {name: number for number, name in names.items()}} if names else {}),
     }
+
+
+def _check_whole_windows(model: Model) -> None:
+    """Refuses windows that shrink to their map: to these, V1 of transformers would add the bias of whole ones."""
+    windows = [window[0] for window in model.encoder.windows(*model.image_size)]
+    if len(set(windows)) > 1 or windows[0] != model.encoder.window_size:
+        raise ValueError(
+            f"format=hf has the same window in all stages of Swin V1, and at {model.image_size[0]} px the encoder has "
+            f"{', '.join(map(str, windows))} tokens: give format=timm, official, onnx or safetensors"
+        )
 
 
 def preprocessor_of(model: Model) -> dict[str, Any]:
@@ -98,9 +122,9 @@ def state_of(model: Model) -> dict[str, Tensor]:
     encoder = to_transformers(model.weights)
     if model.decoder is None:
         del encoder["embeddings.mask_token"]
-    if architecture(model) == "Swinv2Model":
+    if model.head is None and model.decoder is None:
         return encoder
-    state = {f"swinv2.{key}": value for key, value in encoder.items()}
+    state = {f"{kind_of(model)}.{key}": value for key, value in encoder.items()}
     state |= {f"classifier.{key}": value for key, value in (model.head or {}).items()}
     if model.decoder is not None:
         state |= {"decoder.0.weight": model.decoder.weight[:, :, None, None], "decoder.0.bias": model.decoder.bias}
@@ -122,12 +146,14 @@ def readers(model: Model, path: Path) -> Mapping[str, Reader]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    _check_keys(transformers.AutoModel, path, allowed=("decoder.", "classifier.", "swinv2.embeddings.mask_token"))
+    token = f"{kind_of(model)}.embeddings.mask_token"
+    _check_keys(transformers.AutoModel, path, allowed=("decoder.", "classifier.", token))
     kind = getattr(transformers, architecture(model))
-    return {
-        "transformers": partial(_outputs, model, _check_keys(kind, path)),
-        "transformers with its shift mask counted once": partial(_outputs, model, _halved(_check_keys(kind, path))),
-    }
+    plain: dict[str, Reader] = {"transformers": partial(_outputs, model, _check_keys(kind, path))}
+    if model.version == 1:
+        return plain
+    once = partial(_outputs, model, _halved(_check_keys(kind, path)))
+    return plain | {"transformers with its shift mask counted once": once}
 
 
 def _check_keys(kind: Any, path: Path, allowed: tuple[str, ...] = ()) -> nn.Module:
@@ -158,7 +184,7 @@ def _half(mask: Any, *args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _outputs(model: Model, network: Any, images: Tensor) -> Outputs:
-    encoder = network if model.head is None and model.decoder is None else network.swinv2
+    encoder = network if model.head is None and model.decoder is None else getattr(network, kind_of(model))
     features = encoder(images).last_hidden_state
     outputs = {"features": features.view(len(images), *model.map_shape[1:])}
     if model.head is not None:
@@ -171,24 +197,22 @@ def _outputs(model: Model, network: Any, images: Tensor) -> Outputs:
 def usage(model: Model, path: str) -> str:
     """The code for the card."""
     kind = architecture(model)
+    task = kind.partition("For")[2]
+    patches = (model.image_size[0] // model.config["patch_size"]) ** 2
     more = {
-        "Swinv2Model": "",
-        "Swinv2ForImageClassification": (
-            "\nclassifier = AutoModelForImageClassification.from_pretrained({path!r}).eval()\n"
+        "": "",
+        "ImageClassification": (
+            f"\nclassifier = AutoModelForImageClassification.from_pretrained({path!r}).eval()\n"
             "probabilities = classifier(images).logits.softmax(dim=-1)  # one a class: classifier.config.id2label\n"
         ),
-        "Swinv2ForMaskedImageModeling": (
-            "\npretrained = AutoModelForMaskedImageModeling.from_pretrained({path!r}).eval()\n"
-            "hidden = torch.rand(1, {patches}) < 0.5  # patches\n"
+        "MaskedImageModeling": (
+            f"\npretrained = AutoModelForMaskedImageModeling.from_pretrained({path!r}).eval()\n"
+            f"hidden = torch.rand(1, {patches}) < 0.5  # patches\n"
             "predicted = pretrained(images, bool_masked_pos=hidden).reconstruction\n"
         ),
-    }[kind].format(path=path, patches=(model.image_size[0] // model.config["patch_size"]) ** 2)
-    opened = "" if kind == "Swinv2Model" else f"`AutoModel` is the encoder of the {kind}, whose head it leaves out.\n\n"
-    names = {
-        "Swinv2Model": "",
-        "Swinv2ForImageClassification": ", AutoModelForImageClassification",
-        "Swinv2ForMaskedImageModeling": ", AutoModelForMaskedImageModeling",
-    }[kind]
+    }[task]
+    opened = f"`AutoModel` is the encoder of the {kind}, whose head it leaves out.\n\n" if task else ""
+    names = f", AutoModelFor{task}" if task else ""
     return f"""\
 ```python
 import torch
@@ -200,8 +224,7 @@ images = torch.randn({", ".join(map(str, model.input_shape))})
 features = model(images).last_hidden_state  # (1, {model.map_shape[1] * model.map_shape[2]}, {model.map_shape[3]})
 {more}```
 
-{opened}transformers (as of 5.23) adds the mask of shifted windows twice, where Swin V2 adds it once; how far its
-features are from the model's own stands below. Its windows are made for images of {model.image_size[0]} px.
+{opened}{MASKED_TWICE if model.version == 2 else ""}Its windows are made for images of {model.image_size[0]} px.
 """
 
 

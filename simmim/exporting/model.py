@@ -16,6 +16,10 @@ from torch import Tensor
 
 from simmim.checkpoint_files import load, load_rest
 from simmim.encoders import Encoder
+from simmim.encoders.attention_weights import TABLE
+from simmim.encoders.swin import V1
+from simmim.encoders.swinv2 import V2, SwinTransformerV2
+from simmim.encoders.table_resizing import middle_of
 from simmim.encoders.tensor_files import is_safetensors
 from simmim.encoders.weights import (
     CHECKPOINT_PREFIXES,
@@ -107,9 +111,25 @@ class Model:
         return self.encoder.config
 
     @property
+    def version(self) -> int | None:
+        """Of Swin Transformer; None for what is neither the one nor the other, as studies have it."""
+        if self.encoder.architecture != SwinTransformerV2.architecture:
+            return None
+        own = {key: self.config[key] for key in V2}
+        return 2 if own == V2 else 1 if own.items() <= V1.items() else None
+
+    @property
     def weights(self) -> dict[str, Tensor]:
-        """The encoder's state dict."""
-        return self.encoder.state_dict()
+        """The encoder's state dict, of a table of positions what its windows reach."""
+        return self.reached(self.encoder.state_dict())
+
+    def reached(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the encoder with tables as large as the windows: other libraries have no room for more."""
+        windows = self.encoder.windows(*self.image_size)
+        return {
+            key: middle_of(value, windows[int(key.split(".")[1])]) if key.endswith(TABLE) else value
+            for key, value in weights.items()
+        }
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -28,8 +28,9 @@ def buffers_of(model: Model) -> dict[str, Tensor]:
         for number, block in enumerate(blocks):
             windows = Windows.fit(size, model.encoder.window_size, shifted=block.shifted)
             name = f"layers.{stage}.blocks.{number}"
-            table = log_spaced_offsets(windows.window, (trained, trained), CPU)
-            buffers[f"{name}.attn.relative_coords_table"] = table[None]
+            if model.version == 2:
+                table = log_spaced_offsets(windows.window, (trained, trained), CPU)
+                buffers[f"{name}.attn.relative_coords_table"] = table[None]
             buffers[f"{name}.attn.relative_position_index"] = _positions(windows.window)
             if (region := regions(windows, CPU)) is not None:
                 apart = region[:, :, None] != region[:, None, :]
@@ -65,14 +66,15 @@ def write(model: Model, path: Path) -> None:
 def readers(model: Model, path: Path) -> Mapping[str, Reader]:
     """By timm, which knows the authors' layout; not the prefix of SimMIM, which it is spared, as by the authors."""
     import timm
-    from timm.models.swin_transformer_v2 import checkpoint_filter_fn
+    from timm.models import swin_transformer, swin_transformer_v2
 
+    theirs = swin_transformer if model.version == 1 else swin_transformer_v2
     name, arguments = architecture(model)
     network: Any = timm.create_model(name, num_classes=len(model.classes or []), **arguments)
     held = torch.load(path, weights_only=True)["model"]
     state = {key.removeprefix("encoder."): value for key, value in held.items() if not key.startswith("decoder.")}
     state.pop("mask_token", None)
-    network.load_state_dict(checkpoint_filter_fn(state, network))
+    network.load_state_dict(theirs.checkpoint_filter_fn(state, network))
     network.eval()
 
     def outputs(images: Tensor) -> Outputs:
@@ -84,7 +86,8 @@ def readers(model: Model, path: Path) -> Mapping[str, Reader]:
 
 def usage(model: Model, path: str) -> str:
     """What the card says."""
-    windows = ", ".join(map(str, model.windows))
+    windows = f"\n    PRETRAINED_WINDOW_SIZES: [{', '.join(map(str, model.windows))}]" if model.version == 2 else ""
+    kind = "swinv2" if model.version == 2 else "swin"
     return f"""\
 The authors' code (Swin-Transformer, SimMIM) takes the file as `--pretrained {path}`, with
 
@@ -92,16 +95,15 @@ The authors' code (Swin-Transformer, SimMIM) takes the file as `--pretrained {pa
 DATA:
   IMG_SIZE: {model.image_size[0]}
 MODEL:
-  TYPE: swinv2
+  TYPE: {kind}
   NUM_CLASSES: {len(model.classes or [])}
-  SWINV2:
+  {kind.upper()}:
     PATCH_SIZE: {model.config["patch_size"]}
     IN_CHANS: {model.config["in_channels"]}
     EMBED_DIM: {model.config["embed_dim"]}
     DEPTHS: {model.config["depths"]}
     NUM_HEADS: {model.config["num_heads"]}
-    WINDOW_SIZE: {model.encoder.window_size}
-    PRETRAINED_WINDOW_SIZES: [{windows}]
+    WINDOW_SIZE: {model.encoder.window_size}{windows}
 ```
 
 What it holds:

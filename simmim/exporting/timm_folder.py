@@ -10,19 +10,25 @@ from torch import Tensor
 
 from simmim.encoders import SIZES
 from simmim.encoders.names import to_timm
-from simmim.exporting.format import Format, Reader
+from simmim.exporting.format import Format, Reader, check_square_windows
 from simmim.exporting.model import Model, Outputs
 
 WEIGHTS = "model.safetensors"
 
 WORDS = {"swinv2_t": "tiny", "swinv2_s": "small", "swinv2_b": "base", "swinv2_l": "large"}
-"""What timm calls the published sizes."""
+"""What timm calls the published sizes, which are the same for both versions."""
+
+NAMES = {1: "swin_{}_patch4_window{}_{}", 2: "swinv2_{}_window{}_{}"}
+"""Its names of a size, a window in tokens and images in pixels, by version."""
 
 REGISTERED = {
-    *((word, window, 256) for word in ("tiny", "small", "base") for window in (8, 16)),
-    *((word, 12, 192) for word in ("base", "large")),
+    1: {*((word, 7, 224) for word in WORDS.values()), *((word, 12, 384) for word in ("base", "large"))},
+    2: {
+        *((word, window, 256) for word in ("tiny", "small", "base") for window in (8, 16)),
+        *((word, 12, 192) for word in ("base", "large")),
+    },
 }
-"""Sizes, windows in tokens and images in pixels of timm's `swinv2_<size>_window<window>_<image>`."""
+"""Of these, those that there are."""
 
 SIZE = ("embed_dim", "depths", "num_heads")
 
@@ -30,24 +36,24 @@ SIZE = ("embed_dim", "depths", "num_heads")
 def architecture(model: Model) -> tuple[str, dict[str, Any]]:
     """The name of timm's model, and the arguments that make ours of it.
 
-    The windows that the position bias was trained with are always among them: whoever enlarges the windows then goes
+    The windows that V2's position bias was trained with are always among them: whoever enlarges the windows then goes
     on from these.
     """
-    height, width = model.image_size
+    assert model.version is not None
+    (height, width), name, registered = model.image_size, NAMES[model.version], REGISTERED[model.version]
     size = {key: model.config[key] for key in SIZE}
     published = {word: {key: SIZES[name][key] for key in SIZE} for name, word in WORDS.items()}
     word = next((word for word, other in published.items() if json.dumps(other) == json.dumps(size)), None)
-    arguments: dict[str, Any] = {"pretrained_window_sizes": model.windows}
+    arguments: dict[str, Any] = {"pretrained_window_sizes": model.windows} if model.version == 2 else {}
     if model.config["patch_size"] != 4:
         arguments["patch_size"] = model.config["patch_size"]
     if model.config["in_channels"] != 3:
         arguments["in_chans"] = model.config["in_channels"]
-    if height == width and (word, model.encoder.window_size, height) in REGISTERED:
-        return f"swinv2_{word}_window{model.encoder.window_size}_{height}", arguments
+    if height == width and (word, model.encoder.window_size, height) in registered:
+        return name.format(word, model.encoder.window_size, height), arguments
     arguments |= {"img_size": [height, width], "window_size": model.encoder.window_size}
-    if word is None:
-        return "swinv2_tiny_window8_256", arguments | size
-    return ("swinv2_large_window12_192" if word == "large" else f"swinv2_{word}_window8_256"), arguments
+    similar = min(known for known in registered if known[0] == (word or "tiny"))
+    return name.format(*similar), arguments if word else arguments | size
 
 
 def config_of(model: Model) -> dict[str, Any]:
@@ -79,6 +85,8 @@ def config_of(model: Model) -> dict[str, Any]:
 
 def write(model: Model, path: Path) -> None:
     """Writes the folder. The mask token stays behind: timm has none."""
+    if model.version == 1:
+        check_square_windows(model, "format=timm")
     state = {**to_timm(model.weights), **{f"head.fc.{key}": value for key, value in (model.head or {}).items()}}
     path.mkdir()
     save_file({key: value.contiguous() for key, value in state.items()}, path / WEIGHTS, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""torchvision: the state dict of its `SwinTransformer` with V2 blocks."""
+"""torchvision: the state dict of its `SwinTransformer`, for V2 with the blocks of V2."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmim.encoders.names import to_torchvision
+from simmim.encoders.names import is_buffer, to_torchvision
 from simmim.encoders.windows import Windows
 from simmim.exporting.format import Format, Reader
 from simmim.exporting.model import Model, Outputs
@@ -27,11 +27,13 @@ def check(model: Model) -> None:
         height, width = (side // stride for side in model.image_size)
         if Windows.fit((height, width), window).window != (window, window):
             raise ValueError(
-                f"format=torchvision fills maps up to whole windows of {window}x{window} tokens, where Swin V2 "
+                f"format=torchvision fills maps up to whole windows of {window}x{window} tokens, where Swin "
                 f"shrinks the window: at {model.image_size[0]}x{model.image_size[1]} px the map of stage {stage + 1} "
                 f"has {height}x{width}; {ways}"
             )
-    if window == 1 or any(before not in (window, [window, window]) for before in model.windows):
+    if model.version == 2 and (
+        window == 1 or any(before not in (window, [window, window]) for before in model.windows)
+    ):
         raise ValueError(
             f"format=torchvision counts the offsets of the position bias in the window itself, {window} tokens, and "
             f"this one was trained with {model.windows}: {ways}"
@@ -54,7 +56,7 @@ def build(model: Model) -> nn.Module:
     """Torchvision's model, with its initial values; without classes its head is none."""
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
-    blocks = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+    blocks = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if model.version == 2 else {}
     network = SwinTransformer(**arguments_of(model), **blocks)
     if model.head is None:
         network.head = nn.Identity()
@@ -65,7 +67,7 @@ def write(model: Model, path: Path) -> None:
     """Writes weights, classifier and the buffers that it stores. The mask token stays behind: it has none."""
     check(model)
     state = to_torchvision(model.weights) | {f"head.{key}": value for key, value in (model.head or {}).items()}
-    buffers = {key: value for key, value in build(model).state_dict().items() if "relative_" in key}
+    buffers = {key: value for key, value in build(model).state_dict().items() if is_buffer(key)}
     torch.save({key: value.contiguous() for key, value in (state | buffers).items()}, path)
 
 
@@ -84,18 +86,18 @@ def readers(model: Model, path: Path) -> Mapping[str, Reader]:
 def usage(model: Model, path: str) -> str:
     """The code for the card."""
     arguments = "".join(f"    {key}={value!r},\n" for key, value in arguments_of(model).items())
+    second = "    block=SwinTransformerBlockV2,\n    downsample_layer=PatchMergingV2,\n" if model.version == 2 else ""
+    imported = "PatchMergingV2, SwinTransformer, SwinTransformerBlockV2" if model.version == 2 else "SwinTransformer"
     headless = "network.head = nn.Identity()  # there is no classifier\n" if model.head is None else ""
     scores = "" if model.head is None else "probabilities = network(images).softmax(dim=-1)  # one a class\n"
     return f"""\
 ```python
 import torch
 from torch import nn
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import {imported}
 
 network = SwinTransformer(
-{arguments}    block=SwinTransformerBlockV2,
-    downsample_layer=PatchMergingV2,
-)
+{arguments}{second})
 {headless}network.load_state_dict(torch.load({path!r}, weights_only=True))
 network.eval()
 images = torch.randn({", ".join(map(str, model.input_shape))})  # normalised

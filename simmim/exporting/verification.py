@@ -67,9 +67,10 @@ def read_back(model: Model, form: Format, path: Path) -> list[str]:
     if not form.readable:
         return []
     weights, known = read_encoder_weights(path)
+    ours, weights = model.weights, model.reached(weights)
     token_stays = any("mask token starts anew" in note for note in known["notes"])
-    kept = [key for key in model.weights if not (key == "mask_token" and token_stays)]
-    wrong = [key for key in kept if not model.weights[key].equal(weights[key])]
+    kept = [key for key in ours if not (key == "mask_token" and token_stays)]
+    wrong = [key for key in kept if not ours[key].equal(weights[key])]
     decoder = {} if model.decoder is None else {"weight": model.decoder.weight, "bias": model.decoder.bias}
     for name, layer in (("head", model.head or {}), ("decoder", decoder)):
         held = known[name] or {}

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 BEFORE = {**{f"model.{key}": value for key, value in V2.items()}, "max_value": 255}
 """What older checkpoints, which do not hold a setting, were trained with."""
 
+OF_THE_START = ("model.table_resizing",)
+"""Settings that had their say when the run began."""
+
 
 class Stopped(Exception):
     """A run was asked to stop, has saved its state, and can be continued."""
@@ -236,7 +239,7 @@ def refuse_changed_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     for section in (key for key in settings if key != "schedule"):
         before = BEFORE | (_flat(section, saved[section]) if section in saved else {})
         now = _flat(section, settings[section])
-        for key in now:
+        for key in (key for key in now if key not in OF_THE_START):
             if before.get(key) != now[key]:
                 raise ValueError(
                     f"{checkpoint} was trained with {key}={before.get(key)}, now {now[key]}: keep it, or start a "

@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
-from timm.models import swin_transformer_v2
+from timm.models import swin_transformer, swin_transformer_v2
 
 from simmim.encoders.hub_config import facts_of_timm, facts_of_transformers
 
-PUBLISHED = [name.split(".")[0] for name in swin_transformer_v2.default_cfgs]
+PUBLISHED = {name.split(".")[0]: swin_transformer_v2 for name in swin_transformer_v2.default_cfgs}
+PUBLISHED |= {name: swin_transformer for name in swin_transformer.default_cfgs if "_s3_" not in name}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -18,8 +19,9 @@ def test_the_names_of_timms_models_tell_their_windows(name: str, monkeypatch: py
     def create(variant: str, pretrained: bool = False, **arguments: Any) -> None:
         given.update(arguments)
 
-    monkeypatch.setattr(swin_transformer_v2, "_create_swin_transformer_v2", create)
-    getattr(swin_transformer_v2, name)()
+    module = PUBLISHED[name]
+    monkeypatch.setattr(module, f"_create_{module.__name__.rpartition('.')[2]}", create)
+    getattr(module, name)()
     facts = facts_of_timm({"architecture": name}, stages=4)
     assert facts["window_sizes"] == [[given["window_size"]] * 2] * 4
     trained = given.get("pretrained_window_sizes", (0, 0, 0, 0))
@@ -60,22 +62,24 @@ CONFIG = {"model_type": "swinv2", "window_size": 8, "image_size": 256, "pretrain
 
 
 def test_transformers_windows_and_classes() -> None:
-    facts = facts_of_transformers(CONFIG | {"id2label": {"1": "dog", "0": "cat"}}, {}, stages=4)
+    facts = facts_of_transformers(CONFIG | {"id2label": {"1": "dog", "0": "cat"}}, {}, stages=4, model_type="swinv2")
     assert facts["window_sizes"] == [[8, 8]] * 4
     assert facts["pretrained_windows"] == [None] * 4
     assert (facts["image_size"], facts["classes"]) == ([256, 256], ["cat", "dog"])
-    trained = facts_of_transformers(CONFIG | {"pretrained_window_sizes": [12, 12, 12, 6]}, {}, stages=4)
+    trained = facts_of_transformers(
+        CONFIG | {"pretrained_window_sizes": [12, 12, 12, 6]}, {}, stages=4, model_type="swinv2"
+    )
     assert trained["pretrained_windows"] == [[12, 12], [12, 12], [12, 12], [6, 6]]
 
 
 def test_names_that_are_numbers_are_none() -> None:
     numbers = {str(number): f"LABEL_{number}" for number in range(3)}
-    assert "classes" not in facts_of_transformers(CONFIG | {"id2label": numbers}, {}, stages=4)
+    assert "classes" not in facts_of_transformers(CONFIG | {"id2label": numbers}, {}, stages=4, model_type="swinv2")
 
 
 def test_how_images_were_made() -> None:
     processor = {"image_mean": [0.5], "image_std": [0.2], "resample": 2, "crop_pct": 0.9}
-    facts = facts_of_transformers({}, processor, stages=4)
+    facts = facts_of_transformers({}, processor, stages=4, model_type="swinv2")
     assert facts == {"mean": [0.5], "std": [0.2], "interpolation": "bilinear", "test_crop": 0.9}
 
 
@@ -85,4 +89,4 @@ def test_how_images_were_made() -> None:
 )
 def test_what_the_encoder_has_not_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"its config.json has {key}={value}, and the encoder knows"):
-        facts_of_transformers(CONFIG | {key: value}, {}, stages=4)
+        facts_of_transformers(CONFIG | {key: value}, {}, stages=4, model_type="swinv2")

@@ -1,16 +1,24 @@
 """The names of weights elsewhere: there and back bit by bit, complete, and nothing that is unknown passes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
 from transformers import Swinv2Config, Swinv2Model
 
-from simmim.encoders import SwinTransformerV2, create_encoder
+from simmim.encoders import SwinTransformerV2, create_encoder, swin
 from simmim.encoders.names import (
     BUFFERS,
     from_official,
@@ -29,6 +37,7 @@ WITH_TOKEN = [(to_official, from_official), (to_transformers, from_transformers)
 WITHOUT_TOKEN = [(to_timm, from_timm), (to_torchvision, from_torchvision)]
 EVERY_WAY = WITH_TOKEN + WITHOUT_TOKEN
 SHAPE: dict[str, Any] = {"embed_dim": 16, "depths": [2, 1, 3], "num_heads": [2, 2, 4]}
+VERSIONS: dict[str, dict[str, Any]] = {"v2": {}, "v1": swin.V1}
 
 
 def encoder_of(**overrides: Any) -> SwinTransformerV2:
@@ -49,9 +58,10 @@ def tokenless(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key != "mask_token"}
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("there", "back"), EVERY_WAY)
-def test_renaming_and_back_changes_nothing(there: Rename, back: Rename) -> None:
-    state = encoder_of().state_dict()
+def test_renaming_and_back_changes_nothing(there: Rename, back: Rename, version: str) -> None:
+    state = encoder_of(**VERSIONS[version]).state_dict()
     assert_equal(back(there(state)), state if (there, back) in WITH_TOKEN else tokenless(state))
 
 
@@ -64,28 +74,35 @@ def transformers_network() -> nn.Module:
     return Swinv2Model(config, add_pooling_layer=False, use_mask_token=True)
 
 
-def torchvision_network() -> nn.Module:
-    blocks = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+def torchvision_network(version: str = "v2") -> nn.Module:
+    second, first = (SwinTransformerBlockV2, PatchMergingV2), (SwinTransformerBlock, PatchMerging)
+    blocks = dict(zip(("block", "downsample_layer"), second if version == "v2" else first, strict=True))
     network = SwinTransformer(patch_size=[4, 4], window_size=[6, 6], **SHAPE, **blocks)
     network.head = nn.Identity()
     return network
 
 
+def first_timm_network() -> nn.Module:
+    return TimmSwin(img_size=96, window_size=6, num_classes=0, **SHAPE)
+
+
 NETWORKS = [
-    (timm_network, to_timm, from_timm),
-    (transformers_network, to_transformers, from_transformers),
-    (torchvision_network, to_torchvision, from_torchvision),
+    (timm_network, to_timm, from_timm, "v2"),
+    (transformers_network, to_transformers, from_transformers, "v2"),
+    (torchvision_network, to_torchvision, from_torchvision, "v2"),
+    (first_timm_network, to_timm, from_timm, "v1"),
+    (partial(torchvision_network, "v1"), to_torchvision, from_torchvision, "v1"),
 ]
 
 
-@pytest.mark.parametrize(("make", "there", "back"), NETWORKS)
-def test_names_and_shapes_are_theirs(make: Callable[[], nn.Module], there: Rename, back: Rename) -> None:
-    """All of their parameters and no others; and from them all of ours."""
+@pytest.mark.parametrize(("make", "there", "back", "version"), NETWORKS)
+def test_names_and_shapes_are_theirs(make: Callable[[], nn.Module], there: Rename, back: Rename, version: str) -> None:
+    """All of their parameters and no others; and from them all of ours. transformers renames what it reads of V1."""
     theirs = dict(make().named_parameters())
-    ours = there(encoder_of().state_dict())
+    ours = there(encoder_of(**VERSIONS[version]).state_dict())
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
     renamed = back({key: value.detach() for key, value in make().state_dict().items()})
-    expected = encoder_of().state_dict()
+    expected = encoder_of(**VERSIONS[version]).state_dict()
     assert expected.keys() - renamed.keys() <= {"mask_token"}
     assert all(value.shape == expected[key].shape for key, value in renamed.items())
 
@@ -110,15 +127,19 @@ def test_official_names_are_timms_but_for_the_mergings() -> None:
     assert to_official(state)["mask_token"].shape == (1, 1, 16)
 
 
-def test_torchvision_takes_the_bias_of_keys_as_zero() -> None:
-    state = to_torchvision(encoder_of().state_dict())
+@pytest.mark.parametrize(
+    ("there", "back", "version"), [(to_torchvision, from_torchvision, "v2"), (to_timm, from_timm, "v1")]
+)
+def test_the_bias_of_keys_counts_as_zero(there: Rename, back: Rename, version: str) -> None:
+    ours = tokenless(encoder_of(**VERSIONS[version]).state_dict())
+    state = there(ours)
     biases = [key for key in state if key.endswith("qkv.bias")]
     assert len(biases) == 6
     assert all(state[key].chunk(3)[1].eq(0).all() and state[key].chunk(3)[2].ne(0).any() for key in biases)
     for key in biases:
         state[key] = state[key].clone()
         state[key].chunk(3)[1].fill_(7)
-    assert_equal(from_torchvision(state), tokenless(encoder_of().state_dict()))
+    assert_equal(back(state), ours)
 
 
 def test_heads_and_buffers_are_left_out() -> None:
@@ -181,5 +202,18 @@ def test_extra_norms_have_no_place_elsewhere(rename: Rename) -> None:
 @pytest.mark.parametrize("bias", ["linear_cpb", "table"])
 @pytest.mark.parametrize("rename", [there for there, _ in EVERY_WAY])
 def test_other_position_biases_have_no_place_elsewhere(rename: Rename, bias: str) -> None:
-    with pytest.raises(ValueError, match=r"knows model\.position_bias=log_cpb alone, and the encoder has stages\.0\.0"):
+    with pytest.raises(
+        ValueError, match=r"knows model\.position_bias=log_cpb alone for such attention, and .* stages\.0"
+    ):
         rename(encoder_of(position_bias=bias).state_dict())
+
+
+def test_the_first_version_has_a_table_of_a_square_window() -> None:
+    mixed = encoder_of(**swin.V1 | {"position_bias": "log_cpb"}).state_dict()
+    with pytest.raises(ValueError, match=r"knows model\.position_bias=table alone for such attention"):
+        to_timm(mixed)
+    state = to_timm(encoder_of(**swin.V1).state_dict())
+    key = "layers.0.blocks.0.attn.relative_position_bias_table"
+    for count in (8, 16, 120):
+        with pytest.raises(ValueError, match=f"are tables of {count} offsets, and no square window has so many"):
+            from_timm(state | {key: torch.zeros(count, 2)})

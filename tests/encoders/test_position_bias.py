@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table_simple
 from timm.models.swin_transformer import WindowAttention as TimmAttention
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
@@ -19,7 +17,6 @@ from simmim.encoders.position_bias import (
     create_position_bias,
     linear_spaced_offsets,
     log_spaced_offsets,
-    move_table,
 )
 
 CPU = torch.device("cpu")
@@ -110,35 +107,6 @@ def test_offsets_of_a_smaller_window_keep_their_biases() -> None:
     whole = pairs_of(bias, (5, 5)).view(HEADS, 5, 5, 5, 5)
     part = pairs_of(bias, (height, width)).view(HEADS, height, width, height, width)
     assert torch.equal(part, whole[:, :height, :width, :height, :width])
-
-
-@pytest.mark.parametrize(("before", "after"), [(8, 12), (8, 24), (12, 7)])
-def test_a_table_moves_to_another_window_as_timm_moves_it(before: int, after: int) -> None:
-    table = table_of(before).table.data
-    moved = move_table(table, (before, before), (after, after), window_size=after)
-    side = 2 * after - 1
-    flat = resize_rel_pos_bias_table_simple(table.flatten(1).t(), (after, after), (side**2, HEADS))
-    assert torch.equal(moved.flatten(1).t(), flat)
-
-
-def test_a_shrunk_window_moves_its_own_offsets_alone() -> None:
-    """Trained in 6 x 8 tokens of a table for 12, moved to 9 x 12 of one for 14; nothing untrained is read."""
-    table = torch.full((HEADS, 23, 23), math.nan)
-    trained = torch.randn(HEADS, 11, 15)
-    table[:, 6:17, 4:19] = trained
-    bias = table_of(14)
-    bias.table.data = move_table(table, (6, 8), (9, 12), window_size=14)
-    expected = F.interpolate(trained[None], (17, 23), mode="bicubic", align_corners=False)[0]
-    assert torch.equal(bias(linear_spaced_offsets((9, 12), (9, 12), CPU)), expected)
-    assert torch.equal(bias.table[:, 0, 0], expected[:, 0, 0]) and bias.table.isfinite().all()  # the nearest offset's
-
-
-def test_a_table_stays_as_it_is_where_its_window_does() -> None:
-    table = table_of(8).table.data
-    assert move_table(table, (8, 4), (8, 4), window_size=8) is table
-    wider = move_table(table, (8, 8), (8, 8), window_size=10)
-    assert wider.shape == (HEADS, 19, 19)
-    assert torch.equal(move_table(wider, (8, 8), (8, 8), window_size=8), table)
 
 
 def test_initial_values_of_a_table() -> None:

@@ -13,17 +13,34 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
+from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.transforms.v2.functional import resize
-from transformers import Swinv2Config, Swinv2ForImageClassification, Swinv2ForMaskedImageModeling, Swinv2Model
+from transformers import (
+    SwinConfig,
+    SwinForImageClassification,
+    SwinForMaskedImageModeling,
+    Swinv2Config,
+    Swinv2ForImageClassification,
+    Swinv2ForMaskedImageModeling,
+    Swinv2Model,
+)
 
-from simmim.encoders.names import to_timm, to_torchvision, to_transformers
+from simmim.encoders import swin
+from simmim.encoders.names import to_official, to_timm, to_torchvision, to_transformers
+from simmim.encoders.table_resizing import middle_of
 from simmim.encoders.weights import load_encoder, read_encoder_weights, unsaid
 
 SHAPE: dict[str, Any] = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (2, 2, 4, 8)}
@@ -70,8 +87,14 @@ def timm_network(size: int = 256, window: int = 16, trained: Any = PRETRAINED, c
     return network
 
 
+def first_timm_network(size: int, window: int, classes: int = 7) -> TimmSwin:
+    network = randomized(TimmSwin(img_size=size, window_size=window, num_classes=classes, **SHAPE))
+    assert isinstance(network, TimmSwin)
+    return network
+
+
 def official(
-    network: TimmSwinV2, *, simmim: bool = False, old: bool = False, buffers: bool = True
+    network: TimmSwin | TimmSwinV2, *, simmim: bool = False, old: bool = False, buffers: bool = True
 ) -> dict[str, Tensor]:
     """A state dict in the authors' layout; SimMIM's has a prefix, a mask token and a decoder, older ones rpe_mlp."""
     state = {key: value.clone() for key, value in network.state_dict().items()}
@@ -82,8 +105,9 @@ def official(
     for stage, layer in enumerate(network.layers if buffers else ()):
         for number, block in enumerate(layer.blocks):
             place = f"layers.{stage}.blocks.{number}."
-            for name in ("relative_coords_table", "relative_position_index"):
-                state[f"{place}attn.{name}"] = getattr(block.attn, name).clone()
+            for name, buffer in block.attn.named_buffers():
+                if name != "k_bias":
+                    state[f"{place}attn.{name}"] = buffer.clone()
             if block.attn_mask is not None:
                 state[f"{place}attn_mask"] = block.attn_mask.clone()
     if old:
@@ -146,6 +170,52 @@ def test_the_authors_pretrained_encoders(old: bool, tmp_path: Path, photos: Tens
         assert_near(features_of(tmp_path / "simmim_pretrain.pth", images), network.forward_features(images))
 
 
+def without_key_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {key: value.clone() for key, value in state.items()}
+    for key, value in state.items():
+        if key.endswith("qkv.bias"):
+            value.chunk(3)[1].zero_()
+        elif key.endswith("key.bias"):
+            value.zero_()
+    return state
+
+
+def cut_to_windows(weights: dict[str, Tensor], windows: list[list[int]]) -> dict[str, Tensor]:
+    """Tables as large as the windows that they were trained with."""
+    return {
+        key: middle_of(value, (windows[int(key.split(".")[1])][0],) * 2) if key.endswith("table") else value
+        for key, value in weights.items()
+    }
+
+
+@pytest.mark.parametrize(("size", "window", "simmim"), [(224, 7, False), (192, 6, True), (192, 12, True)])
+def test_the_authors_first_version(size: int, window: int, simmim: bool, tmp_path: Path, photos: Tensor) -> None:
+    """Supervised, and as SimMIM pretrained Swin-B and Swin-L, whose last window shrinks: key biases change nothing."""
+    network, images = first_timm_network(size, window), photos[..., :size, :size]
+    state = official(network, simmim=simmim)
+    torch.save({"model": state}, tmp_path / "swin.pth")
+    weights, known = read_encoder_weights(tmp_path / "swin.pth")
+    windows = [[min(window, size // stride)] * 2 for stride in (4, 8, 16, 32)]
+    assert (known["origin"], known["image_size"], known["windows"]) == ("the authors' code", [size, size], windows)
+    assert swin.V1.items() <= known["config"].items() and unsaid(known) == {}
+    assert (known["config"]["window_size"], known["config"]["table_resizing"]) == (window, "geometric")
+    assert "bias of keys was left out" in " ".join(known["notes"])
+    assert ("mask token" in " ".join(known["notes"]), known["decoder"] is None) == (not simmim, not simmim)
+    with torch.no_grad():
+        assert_near(features_of(tmp_path / "swin.pth", images), network.forward_features(images))
+    theirs = {key.removeprefix("encoder."): value for key, value in without_key_biases(state).items()}
+    ours = to_official(cut_to_windows(weights, windows))
+    lost = set() if simmim else {"mask_token"}
+    assert ours.keys() - theirs.keys() == lost
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() - lost)
+    assert {
+        key.rpartition(".")[2] for key in theirs if key not in ours and not key.startswith(("head", "decoder"))
+    } == {
+        "relative_position_index",
+        "attn_mask",
+    }
+
+
 def test_a_file_without_buffers_asks_for_what_it_does_not_say(tmp_path: Path, photos: Tensor) -> None:
     network = timm_network()
     torch.save({"model": official(network, buffers=False)}, tmp_path / "bare.pth")
@@ -196,6 +266,8 @@ TIMM_MODELS = {  # what its registered function gives besides the sizes: image s
     "swinv2_base_window12_192": (192, [[12, 12]] * 3 + [[6, 6]], None),
     "swinv2_base_window12to16_192to256": (256, [[16, 16]] * 3 + [[8, 8]], list(PRETRAINED)),
     "swinv2_large_window12to24_192to384": (384, [[24, 24]] * 3 + [[12, 12]], list(PRETRAINED)),
+    "swin_tiny_patch4_window7_224": (224, [[7, 7]] * 4, None),
+    "swin_base_patch4_window12_384": (384, [[12, 12]] * 4, None),
 }
 
 
@@ -213,9 +285,10 @@ def test_timms_folders(name: str, safe: bool, tmp_path: Path, photos: Tensor) ->
     config = network.pretrained_cfg
     assert (tuple(known["mean"]), tuple(known["std"])) == (config["mean"], config["std"])
     assert (known["test_crop"], known["interpolation"]) == (config["crop_pct"], "bicubic")
-    if size == 256 and safe:
+    if size in (224, 256) and safe:
         with torch.no_grad():
-            assert_near(features_of(tmp_path, photos), network.forward_features(photos))
+            images = photos[..., :size, :size]
+            assert_near(features_of(tmp_path, images), network.forward_features(images))
 
 
 def test_the_arguments_in_timms_folders_count_more_than_the_name(tmp_path: Path, photos: Tensor) -> None:
@@ -232,6 +305,10 @@ def transformers_config(**changes: Any) -> Swinv2Config:
     return Swinv2Config(**SHAPE, **settings)
 
 
+def first_transformers_config(**changes: Any) -> SwinConfig:
+    return SwinConfig(**SHAPE, **{"image_size": 256, "window_size": 8} | changes)
+
+
 TRANSFORMERS_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "encoder": lambda: Swinv2Model(transformers_config()),
     "classifier": lambda: Swinv2ForImageClassification(
@@ -241,6 +318,8 @@ TRANSFORMERS_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "masked images": lambda: Swinv2ForMaskedImageModeling(
         transformers_config(image_size=192, window_size=12, pretrained_window_sizes=[0] * 4)
     ),
+    "first classifier": lambda: SwinForImageClassification(first_transformers_config(num_labels=3)),
+    "first masked images": lambda: SwinForMaskedImageModeling(first_transformers_config(image_size=192, window_size=6)),
 }
 
 
@@ -251,32 +330,40 @@ def test_transformers_folders(kind: str, tmp_path: Path, photos: Tensor) -> None
     processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     weights, known = read_encoder_weights(tmp_path)
-    size = 192 if kind == "masked images" else 256
+    first, masked = kind.startswith("first"), kind.endswith("masked images")
+    size = 192 if masked else 256
     assert (known["origin"], known["image_size"]) == ("transformers", [size, size])
     assert (known["mean"], known["std"], known["interpolation"]) == ([0.5] * 3, [0.25] * 3, "bicubic")
-    names = {"classifier": ["tench", "crane (1)", "crane (2)"], "numbers": ["0", "1", "2"]}
+    names = {
+        "classifier": ["tench", "crane (1)", "crane (2)"],
+        "numbers": ["0", "1", "2"],
+        "first classifier": ["0", "1", "2"],
+    }
     assert known["classes"] == names.get(kind)
-    trained = None if kind == "masked images" else list(PRETRAINED)
+    trained = None if masked or first else list(PRETRAINED)
     assert (known["config"]["pretrained_window_size"], unsaid(known)) == (trained, {})
-    encoder, images = getattr(network, "swinv2", network), photos[..., :size, :size]
+    encoder, images = getattr(network, "swin" if first else "swinv2", network), photos[..., :size, :size]
     with torch.no_grad():
         expected = encoder(images).last_hidden_state
         assert_near(features_of(tmp_path, images).flatten(1, 2), expected)
-    theirs = {key.removeprefix("swinv2."): value for key, value in network.state_dict().items()}
+    held = without_key_biases(load_file(tmp_path / "model.safetensors"))
+    theirs = {key.removeprefix("swinv2.").removeprefix("swin."): value for key, value in held.items()}
     ours = to_transformers(weights)
-    if kind != "masked images":
+    if not masked:
         del ours["embeddings.mask_token"]
     kept = {key: value for key, value in theirs.items() if not key.startswith(("classifier.", "decoder."))}
     assert_equal(ours, kept)
 
 
-def torchvision_network() -> nn.Module:
-    blocks = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+def torchvision_network(version: str) -> nn.Module:
+    second, first = (SwinTransformerBlockV2, PatchMergingV2), (SwinTransformerBlock, PatchMerging)
+    blocks = dict(zip(("block", "downsample_layer"), second if version == "v2" else first, strict=True))
     return randomized(SwinTransformer([4, 4], window_size=[8, 8], num_classes=5, **SHAPE, **blocks))
 
 
-def test_torchvisions_state_dicts(tmp_path: Path, photos: Tensor) -> None:
-    network = torchvision_network()
+@pytest.mark.parametrize("version", ["v2", "v1"])
+def test_torchvisions_state_dicts(version: str, tmp_path: Path, photos: Tensor) -> None:
+    network = torchvision_network(version)
     network.eval()
     torch.save(network.state_dict(), tmp_path / "swin_v2.pth")
     weights, known = read_encoder_weights(tmp_path / "swin_v2.pth")
@@ -287,11 +374,8 @@ def test_torchvisions_state_dicts(tmp_path: Path, photos: Tensor) -> None:
         assert_near(features_of(tmp_path / "swin_v2.pth", photos), expected)
         features = load_encoder(tmp_path / "swin_v2.pth").eval()(photos).mean(dim=(1, 2))
         assert_near(nn.functional.linear(features, **known["head"]), network(photos))
-    theirs = {key: value for key, value in network.state_dict().items() if key in to_torchvision(weights)}
-    for key in theirs:
-        if key.endswith("qkv.bias"):
-            theirs[key] = theirs[key].clone()
-            theirs[key].chunk(3)[1].zero_()
+    held = without_key_biases(network.state_dict())
+    theirs = {key: value for key, value in held.items() if key in to_torchvision(weights)}
     assert_equal(to_torchvision(weights), theirs)
     assert len(theirs) == len(list(network.parameters())) - 2
 
@@ -309,16 +393,16 @@ def test_half_precision_tells_the_same(tmp_path: Path) -> None:
     assert {value.dtype for value in load_encoder(tmp_path / "h").state_dict().values()} == {torch.float32}
 
 
-def first_version(path: Path) -> Path:
-    network = SwinTransformer([4, 4], window_size=[7, 7], **SHAPE)
-    torch.save(network.state_dict(), path / "swin.pth")
-    return path / "swin.pth"
-
-
-def first_version_of_the_authors(path: Path) -> Path:
+def first_version_in_part(path: Path) -> Path:
     table = {"encoder.layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(121, 4)}
     torch.save({"model": {"encoder.patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)} | table}, path / "swin.pth")
     return path / "swin.pth"
+
+
+def first_version_of_several_windows(path: Path) -> Path:
+    network = timm.create_model("swin_s3_tiny_224", **SHAPE)
+    save_for_hf(network, str(path), safe_serialization=True)
+    return path
 
 
 def vit(path: Path) -> Path:
@@ -375,12 +459,12 @@ def other_windows_in_each_stage(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (first_version, "Swin Transformer V1 .*relative_position_bias_table"),
-        (first_version_of_the_authors, "Swin Transformer V1"),
+        (first_version_in_part, r"of its tensors are not those of a Swin Transformer, the first embed.proj.bias"),
+        (first_version_of_several_windows, "are not those of one window"),
         (vit, r"a Vision Transformer \(ViT\)"),
         (vit_of_timm, r"a Vision Transformer \(ViT\)"),
         (incomplete, r"1 of its tensors are not .*stages\.1\.1\.mlp\.0\.bias missing"),
-        (narrower, r"not those of a Swin Transformer V2, the first stages\.0\.0\.mlp\.0\.weight \(32, 16\)"),
+        (narrower, r"not those of a Swin Transformer, the first stages\.0\.0\.mlp\.0\.weight \(32, 16\)"),
         (linearly_spaced, "not spaced as in log_cpb"),
         (contradicting, r"its config.json has depths=\[2, 2, 2, 2\], and its tensors \[1, 2, 1, 1\]"),
         (another_activation, "its config.json has hidden_act=relu, and the encoder knows gelu alone"),

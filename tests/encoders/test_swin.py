@@ -163,6 +163,12 @@ def test_a_block_starts_as_no_identity() -> None:
     block = encoder.blocks[0][0]
     assert block.norm1.weight.eq(1).all() and block.norm2.weight.eq(1).all()
     assert block.attention.logit_scale is None
+    assert [
+        create_encoder(name, window_size=2, **SMALL).config["table_resizing"] for name in ("swin_t", "swinv2_t")
+    ] == [
+        "geometric",
+        "bicubic",
+    ]
 
 
 def test_words_that_are_unknown() -> None:
@@ -170,6 +176,8 @@ def test_words_that_are_unknown() -> None:
         our_encoder(6, norm="post")
     with pytest.raises(ValueError, match=r"^model\.attention_similarity=l2 is unknown: choose cosine or dot$"):
         our_encoder(6, attention_similarity="l2")
+    with pytest.raises(ValueError, match=r"^model\.table_resizing=linear is unknown: choose geometric or bicubic$"):
+        our_encoder(6, table_resizing="linear")
 
 
 def test_each_setting_can_be_changed_alone() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simmim.encoders import SwinTransformerV2, create_encoder, weights
-from simmim.encoders.position_bias import move_table
+from simmim.encoders.table_resizing import move_table
 from simmim.encoders.weights import (
     load_encoder,
     load_encoder_weights,
@@ -229,21 +229,22 @@ def test_another_position_bias_is_refused(theirs: str, ours: str, tmp_path: Path
         model.load_state_dict(encoder_of(position_bias=theirs).state_dict())  # nor by another way
 
 
-def test_tables_move_to_the_windows_of_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resizing", ["bicubic", "geometric"])
+def test_tables_move_to_the_windows_of_the_model(resizing: str, tmp_path: Path) -> None:
     """From 24 x 48 px, where a window of 8 shrinks to 6 x 8 tokens in the last stage, to 36 x 48 px and 9 x 12."""
     path = tmp_path / "encoder.safetensors"
     before = encoder_of(position_bias="table", window_size=8)
     save_encoder(before, path, image_size=SIZE)
-    after = encoder_of(1, position_bias="table", window_size=12)
+    after = encoder_of(1, position_bias="table", window_size=12, table_resizing=resizing)
     report = load_encoder_weights(after, path, image_size=(36, 48))
-    assert report.endswith("trained at 24x48 px with windows of 8x8, 6x8 tokens.")
+    assert f"trained at 24x48 px with windows of 8x8, 6x8 tokens. 4 position tables were moved, {resizing}." in report
     source, moved = before.state_dict(), after.state_dict()
     for key, value in source.items():
         if not key.endswith("table"):
             assert torch.equal(moved[key], value)
             continue
         trained, window = {"0": ((8, 8), (12, 12)), "1": ((6, 8), (9, 12))}[key.split(".")[1]]
-        assert torch.equal(moved[key], move_table(value, trained, window, window_size=12))
+        assert torch.equal(moved[key], move_table(value, trained, window, window_size=12, resizing=resizing))
         assert not torch.equal(moved[key], encoder_of(1, position_bias="table", window_size=12).state_dict()[key])
     save_encoder(after, path, image_size=(36, 48))  # a stage later it is what was trained
     assert_equal(load_encoder(path).state_dict(), moved)
