@@ -106,6 +106,7 @@ class VisionTransformer(Encoder):
     implementations = tuple(PAIRWISE)
     usual: ClassVar[dict[str, Any]] = {"patch_size": 16, "position_bias": "shared_table", "layer_scale": 0.1}
     words = ("position_bias",)
+    fills_maps = False
 
     def __init__(
         self,
@@ -262,7 +263,9 @@ def spread_table(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
     """Gives each of so many blocks the position bias that all have shared: how SimMIM begins to fine-tune."""
     shared = {key.removeprefix(SHARED): value for key, value in weights.items() if key.startswith(SHARED)}
     own = {
-        f"stages.0.{block}.attention.{SHARED}{key}": value for block in range(depth) for key, value in shared.items()
+        f"stages.0.{block}.attention.{SHARED}{key}": value.clone()  # else all would be trained as one
+        for block in range(depth)
+        for key, value in shared.items()
     }
     return {key: value for key, value in weights.items() if not key.startswith(SHARED)} | own
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from simmim.encoders.swinv2 import V2
+from simmim.encoders.swinv2 import V2, SwinTransformerV2
 from simmim.encoders.windows import Windows
 from simmim.exporting.model import Model, Outputs
 
@@ -47,6 +47,8 @@ def check_version(model: Model, form: Format) -> None:
     Raises:
         ValueError: With the setting.
     """
+    if not isinstance(model.encoder, SwinTransformerV2) and form.name != "safetensors":
+        raise ValueError(f"format={form.name} is not written of a {model.encoder.title}: give format=safetensors")
     other = [f"model.{key}={value}" for key, value in model.config.items() if key in V2 and value != V2[key]]
     if other and form.name not in ("safetensors", "onnx"):
         raise ValueError(
