@@ -16,7 +16,8 @@ import torch
 
 from simmim.command import Config, accumulation, command, image_size_of, precision_of, world_size
 from simmim.data.files import free_memory
-from simmim.encoders import create_encoder
+from simmim.encoders import ENCODERS, architecture_of, create_encoder
+from simmim.encoders.attention import resolve_implementation
 from simmim.masking import Masking
 from simmim.measuring.footprint import Footprint, Layout, Step, count_step
 from simmim.measuring.tables import write_table
@@ -29,7 +30,8 @@ PLANNED = 0.9
 MOST_DEVICES = 1024
 """More are not suggested."""
 
-ATTENTION = ("reference", "sdpa", "sequential")
+COUNTED = ("reference", "sdpa", "sequential")
+"""Implementations of the attention whose memory can be counted."""
 
 Memory = dict[str, int]
 
@@ -116,7 +118,8 @@ def _checkpointed(run: Run) -> list[Run]:
 
 
 def _sequential(run: Run) -> list[Run]:
-    return [run.attending("sequential")] if run.step.model["attention"] != "sequential" else []
+    able = "sequential" in _implementations(run.step.model) and run.step.model["attention"] != "sequential"
+    return [run.attending("sequential")] if able else []
 
 
 def _more_devices(run: Run) -> list[Run]:
@@ -190,7 +193,10 @@ def run_of(config: Config) -> Run:
     model, data, trainer, size = config["model"], config["data"], config["trainer"], image_size_of(config)
     strategy, gpu = trainer["strategy"], _plans_for_gpu(config)
     bf16 = gpu if trainer["precision"] == "auto" else precision_of(config) == "bf16-mixed"
-    attention = {"auto": "sdpa" if gpu else "sequential"}.get(model["attention"], model["attention"])
+    device = torch.device("cuda" if gpu else "cpu")
+    attention = resolve_implementation(
+        model["attention"], device, ENCODERS[architecture_of(model["name"])].implementations
+    )
     step = Step(
         model={**model, "in_channels": data["channels"], "attention": attention},
         objective=config["objective"],
@@ -240,11 +246,16 @@ def _plans_for_gpu(config: Config) -> bool:
 
 def _alternatives(run: Run) -> Iterator[Run]:
     """The run with each implementation, without checkpointing, as it is, and with."""
-    for name in ATTENTION:
+    for name in _implementations(run.step.model):
         for stages in ("none", "all"):
             yield run.attending(name).changed("", checkpointing=stages)
         if name == run.step.model["attention"] and run.step.checkpointing not in ("none", "all"):
             yield run
+
+
+def _implementations(model: dict[str, Any]) -> list[str]:
+    """Those of the attention of a model that can be counted."""
+    return [name for name in COUNTED if name in ENCODERS[architecture_of(model["name"])].implementations]
 
 
 def _row(planner: Planner, run: Run) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Encoder(nn.Module, ABC):
         title: Its name in words.
         implementations: Those of `simmim.encoders.attention` that compute its attention.
         usual: What its settings are where neither the user nor a published size says.
+        fills_maps: Whether it computes maps that its windows do not tile too, filled up, as `pyramid` does.
         words: Those of its settings that are words and decide what the weights mean.
         config: The arguments of its constructor.
         patch_size: Side of a patch in pixels.
@@ -47,6 +48,7 @@ class Encoder(nn.Module, ABC):
     implementations: ClassVar[tuple[str, ...]]
     usual: ClassVar[dict[str, Any]]
     words: ClassVar[tuple[str, ...]]
+    fills_maps: ClassVar[bool]
 
     config: dict[str, Any]
     patch_size: int

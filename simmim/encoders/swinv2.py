@@ -197,6 +197,7 @@ class SwinTransformerV2(Encoder):
     implementations = tuple(IMPLEMENTATIONS)
     usual: ClassVar[dict[str, Any]] = {**V2, **RESIZING, "pretrained_window_size": None, "patch_size": 4}
     words = tuple(V2)
+    fills_maps = True
 
     def __init__(
         self,

@@ -121,6 +121,7 @@ class VisionTransformer(Encoder):
         "table_resizing": "geometric",
     }
     words = ("position_bias",)
+    fills_maps = False
 
     def __init__(
         self,
@@ -279,7 +280,9 @@ def spread_table(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
     """Gives each of so many blocks the position bias that all have shared: how SimMIM begins to fine-tune."""
     shared = {key.removeprefix(SHARED): value for key, value in weights.items() if key.startswith(SHARED)}
     own = {
-        f"stages.0.{block}.attention.{SHARED}{key}": value for block in range(depth) for key, value in shared.items()
+        f"stages.0.{block}.attention.{SHARED}{key}": value.clone()  # else all would be trained as one
+        for block in range(depth)
+        for key, value in shared.items()
     }
     return {key: value for key, value in weights.items() if not key.startswith(SHARED)} | own
 

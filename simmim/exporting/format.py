@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from simmim.encoders.swinv2 import V2
+from simmim.encoders.swinv2 import V2, SwinTransformerV2
 from simmim.encoders.windows import Windows
 from simmim.exporting.model import Model, Outputs
 
@@ -47,8 +47,10 @@ def check_version(model: Model, form: Format) -> None:
     Raises:
         ValueError: With the settings.
     """
+    if not isinstance(model.encoder, SwinTransformerV2) and form.name != "safetensors":
+        raise ValueError(f"format={form.name} is not written of a {model.encoder.title}: give format=safetensors")
     if model.version is None and form.name not in ("safetensors", "onnx"):
-        own = ", ".join(f"model.{key}={model.config[key]}" for key in V2 if key in model.config)
+        own = ", ".join(f"model.{key}={model.config[key]}" for key in V2)
         raise ValueError(
             f"format={form.name} holds Swin V1 or V2, and the encoder is neither, with {own}: give format=safetensors "
             "or onnx"

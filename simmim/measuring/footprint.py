@@ -253,7 +253,7 @@ def count_step(step: Step) -> Footprint:
     with torch.device("meta"):
         network = MaskedImageModel(create_encoder(**step.model), **step.objective)
     network.encoder.checkpoint_activations(step.checkpointing)
-    if any(size % network.encoder.stride for size in step.image_size):
+    if not network.encoder.fills_maps or any(size % network.encoder.stride for size in step.image_size):
         network.encoder.check_image_size(*step.image_size)
     # Maps that no whole windows tile are filled up, as everywhere but in training, which refuses them.
     network.encoder.check_image_size = lambda height, width: None  # type: ignore[method-assign]
