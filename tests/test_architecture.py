@@ -38,6 +38,8 @@ LEVELS = [
     {"simmim.tasks"},
     {"simmim.measuring", "simmim.settings", "simmim.exporting"},
     {"simmim.command"},
+    {"simmim.length"},
+    {"simmim.cost"},
     {"simmim.plan"},  # a command, which another one may ask for advice
     {"simmim.run", "simmim.stages", "simmim.embedding", "simmim.sweep_results"},
     COMMANDS - {"simmim.plan"},
