@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from simmim.command import compose_config, image_size_of
 from simmim.data.module import create_sources
 from simmim.encoders import create_encoder
+from simmim.length import run_length
 from simmim.masking import Masking
 from simmim.measuring.tables import environment_notes, write_table
-from simmim.run import run_length
 from simmim.seeding import generator_from
 from simmim.tasks.classification import ImageClassifier
 from simmim.tasks.pretraining import MaskedImageModel

@@ -297,6 +297,8 @@ def _check_choices(words: list[str], name: str) -> None:
             raise ValueError(
                 f"{word} is no stage of simmim.{name}: pretrain_192 is pretraining's, all others follow it"
             )
+        if group == "experiment" and pretraining and _command_of(choice) == "finetune":
+            raise ValueError(f"{word} fine-tunes, and simmim.{name} is for pretraining: choose a recipe of that")
         if group and group != word and (config_folder() / group).is_dir():
             override = OverridesParser.create().parse_override(word)
             value = override.value()
@@ -305,6 +307,17 @@ def _check_choices(words: list[str], name: str) -> None:
                 named = bool(value) and {str(item) for item in value} <= set(_choices(group))
             if not named and not isinstance(value, dict) and not override.is_sweep_override():
                 raise ValueError(f"{word} is unknown: choose one of {', '.join(_choices(group))}")
+
+
+def _command_of(experiment: str) -> str | None:
+    """The command that the header of a recipe tells to type; None without such a line."""
+    if experiment not in _choices("experiment"):
+        return None
+    header = (
+        (config_folder() / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
+    )
+    found = re.search(rf"python -m simmim\.(\w+) (?:-m )?experiment={re.escape(experiment)}\b", header)
+    return found[1] if found else None
 
 
 def _run_job_apart(config: Config, name: str, environment: dict[str, str]) -> dict[str, float]:

@@ -15,13 +15,12 @@ from simmim.data.labels import check_labels, match_labels, take_fraction
 from simmim.data.module import ImageData, create_sources
 from simmim.data.transforms import centre_transform, finetuning_transform, per_channel
 from simmim.encoders.weights import read_encoder_weights, save_encoder
+from simmim.length import Length, run_length
 from simmim.run import (
-    Length,
     describe_training,
     describe_unreadable,
     explained,
     prepare_torch,
-    run_length,
     train,
     training_settings,
 )

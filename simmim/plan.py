@@ -1,6 +1,7 @@
-"""`python -m simmim.plan`: the memory that a pretraining run takes on each device, and what makes it fit.
+"""`python -m simmim.plan`: the memory that a pretraining run takes on each device, what makes it fit, and its time.
 
-Nothing is trained and no memory taken: see `simmim.measuring.footprint`. `conf/plan.yaml` lists the keys.
+Nothing is trained and no memory taken: see `simmim.measuring.footprint` and `simmim.cost`. `conf/plan.yaml` lists the
+keys.
 """
 
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from simmim.command import Config, accumulation, command, image_size_of, precision_of, world_size
+from simmim.cost import cost_of
 from simmim.data.files import free_memory
 from simmim.encoders import ENCODERS, architecture_of, create_encoder
 from simmim.encoders.attention import resolve_implementation
@@ -142,6 +144,8 @@ CHANGES: tuple[Callable[[Run], list[Run]], ...] = (_checkpointed, _sequential, _
 def plan(config: Config) -> list[dict[str, Any]]:
     """Prints the memory of a run, by kind, stage and implementation, and the cheapest change that makes it fit.
 
+    Where a throughput is given, it begins with time and price; these need no knowledge of the device's memory.
+
     Args:
         config: The composed `conf/plan.yaml`.
 
@@ -151,7 +155,14 @@ def plan(config: Config) -> list[dict[str, Any]]:
     Raises:
         ValueError: If the config contradicts itself, or the memory of the device is not known.
     """
-    run, available = run_of(config), device_memory(config)
+    run = run_of(config)
+    cost = cost_of(config, _title(run))
+    for line in [_title(run), *([] if cost is None else _wrapped(cost, indent=2))]:
+        log.info(line)
+    if cost is not None and _memory_known(config) is None:
+        log.info("Memory is not counted: give trainer.device_memory_gb, that of the device is not known here.")
+        return []
+    available = device_memory(config)
     planner = Planner(PLANNED * available)
     footprint, memory = planner.footprint(run), planner.memory(run)
     rows = [_row(planner, other) for other in _alternatives(run)]
@@ -161,6 +172,7 @@ def plan(config: Config) -> list[dict[str, Any]]:
         log.info(line)
     if config["save"]:
         notes = [f"command: `{shlex.join(['python', '-m', 'simmim.plan', *sys.argv[1:]])}`", "GB of 10^9 bytes"]
+        notes += [] if cost is None else [cost]
         write_table(rows, Path(config["save"]), title=_title(run), notes=[*notes, *NOTES])
     return rows
 
@@ -224,15 +236,19 @@ def device_memory(config: Config) -> float:
     Raises:
         ValueError: If it is not given and not known.
     """
+    if (known := _memory_known(config)) is None:
+        raise ValueError("trainer.device_memory_gb must be given: the memory of the device is not known here")
+    return known
+
+
+def _memory_known(config: Config) -> float | None:
     given = config["trainer"].get("device_memory_gb")
     if given is not None:
         return float(given) * 1e9
     if _plans_for_gpu(config) and torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
     free = None if _plans_for_gpu(config) else free_memory()
-    if free is None:
-        raise ValueError("trainer.device_memory_gb must be given: the memory of the device is not known here")
-    return free / world_size(config) * int(config["trainer"].get("num_nodes", 1))
+    return None if free is None else free / world_size(config) * int(config["trainer"].get("num_nodes", 1))
 
 
 def _plans_for_gpu(config: Config) -> bool:
@@ -288,7 +304,6 @@ def _heading(config: Config, run: Run, footprint: Footprint, available: float) -
     values = sum(torch.Size(shape).numel() for shape in footprint.parameters)
     devices, where = run.layout.devices, "a GPU" if run.step.gpu else "a CPU"
     shared = {"single": "", "ddp": ", each with all parameters", "fsdp": ", each with a part of every parameter"}
-    yield _title(run)
     yield (
         f"{values / 1e6:,.1f} M parameters on {devices} device{'s' * (devices > 1)}{shared[run.layout.strategy]}; "
         f"{_gb(available)} GB each"

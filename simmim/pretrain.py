@@ -25,16 +25,15 @@ from simmim.encoders.weights import (
     save_encoder,
     trained_windows,
 )
+from simmim.length import Length, run_length
 from simmim.masking import Masking
 from simmim.pictures import choose_channels
 from simmim.plan import advice
 from simmim.run import (
-    Length,
     describe_training,
     describe_unreadable,
     explained,
     prepare_torch,
-    run_length,
     train,
     training_settings,
 )

@@ -318,6 +318,10 @@ PLAN: Section = {
     **PRETRAIN,
     "data": section_of(SOURCES, "source", BATCHES, STATISTICS, LOADING, {"root": TEXT | NULL}),
     "trainer": section_of(STRATEGIES, "strategy", DEVICES, COMPUTING, LENGTH, {"device_memory_gb": POSITIVE | NULL}),
+    "throughput": POSITIVE | TEXT | NULL,
+    "images_per_epoch": count() | NULL,
+    "scaling_efficiency": number(0, 1, above=True),
+    "price_per_hour": number() | NULL,
     "save": TEXT | NULL,
 }
 

@@ -39,6 +39,8 @@ LEVELS = [
     {"simmim.tasks"},
     {"simmim.measuring", "simmim.settings", "simmim.exporting"},
     {"simmim.command"},
+    {"simmim.length"},
+    {"simmim.cost"},
     {"simmim.plan"},  # a command, which another one may ask for advice
     {"simmim.run", "simmim.stages", "simmim.embedding", "simmim.sweep_results"},
     {"simmim.reconstruct"},  # likewise: it opens a pretraining run

@@ -12,9 +12,9 @@ from hydra.types import RunMode
 
 from simmim.command import compose_config, config_folder
 from simmim.encoders import create_encoder
+from simmim.length import run_length
 from simmim.masking import Masking
 from simmim.pretrain import build
-from simmim.run import run_length
 from simmim.training.schedule import lr_factor
 
 GROUPS = ("data", "experiment", "logger", "model", "stage", "sweep", "trainer")

@@ -10,7 +10,9 @@ import torch
 
 from simmim import plan as module
 from simmim.command import compose_config
+from simmim.cost import cost_of
 from simmim.encoders import create_encoder
+from simmim.measuring.tables import write_table
 from simmim.plan import Planner, advice, plan, run_of
 
 TINY = [
@@ -24,6 +26,7 @@ TINY = [
     "data.image_size=64",
     "data.batch_size=8",
 ]
+TITLE = "swinv2_b, 192x192 px, window 12, batch 128 a device, bf16"
 ON_GPU = [*TINY, "trainer.device_memory_gb=1"]
 GIANT = ["model=swinv2_g", "data.image_size=1536", "model.window_size=32", "trainer=fsdp", "trainer.devices=8"]
 
@@ -39,7 +42,11 @@ def said(config, caplog):
 
 
 def test_the_table_says_what_a_run_takes_and_that_it_fits(caplog, tmp_path):
-    lines = said(config_of(*ON_GPU, f"save={tmp_path}/kept"), caplog)
+    """And how long, of the built-in images: a device alone loses nothing to others."""
+    lines = said(config_of(*ON_GPU, "throughput=40", f"save={tmp_path}/kept"), caplog)
+    time = f"1,280 steps of 8, on 1 device at 40 images/s: {10 * 1024 / 40 / 60:.1f} minutes, 0.1 device hours;"
+    assert lines[0] not in lines[1:] and f"10 epochs of 1,024 images, {time}" in " ".join(map(str.strip, lines))
+    assert time in (tmp_path / "kept.md").read_text()
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 100
     for word in (
@@ -147,6 +154,70 @@ def test_the_largest_model_at_1536_px_does_not_fit_eight_devices_of_40_gb():
     heading = "\n".join(module._heading(config, run, planner.footprint(run), 40e9))
     assert "3,010.4 M parameters on 8 devices" in heading
     assert "pretraining refuses this size" in heading and "1024 or 2048" in heading.replace("\n  ", " ")
+
+
+BASE = ["experiment=simmim_swinv2_b_800ep", "trainer.accelerator=gpu"]
+EIGHT = [*BASE, "trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=8", "images_per_epoch=1281167"]
+
+
+def test_time_and_price_follow_from_what_a_device_does_in_a_second(caplog, monkeypatch):
+    """Without knowing the memory of the device, which then is not counted."""
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    lines = said(config_of(*EIGHT, "throughput=550", "price_per_hour=2.5"), caplog)
+    assert max(map(len, lines)) <= 100
+    text = " ".join(line.strip() for line in lines)
+    device_hours = 800 * 626 * 2048 / 550 / 0.9 / 3600
+    assert text.startswith("swinv2_b, 192x192 px, window 12, batch 128 a device, bf16 800 epochs of 1,281,167 images,")
+    assert "500,800 steps of 2,048, on 8 devices at 550 images/s each, of which 90% are assumed to remain" in text
+    hours = f"{device_hours / 8:.1f} hours ({device_hours / 192:.1f} days), {device_hours:.1f} device hours"
+    assert f": {hours}, {2.5 * device_hours:,.2f} at 2.5 an hour; training steps alone: validation" in text
+    assert lines[-1].startswith("Memory is not counted: give trainer.device_memory_gb")
+
+
+def test_a_shorter_run_is_told_by_its_own_steps():
+    cost = cost_of(config_of(*ON_GPU, "throughput=40", "trainer.max_steps=640"), TITLE)
+    assert cost.startswith("5 epochs of 1,024 images, 640 steps of 8, on 1 device at 40 images/s: 2.1 minutes, 0.0 dev")
+
+
+def test_a_table_of_the_benchmark_tells_the_throughput(tmp_path):
+    rows = [{"network": "timm", "images_per_s": 1.0}, {"network": "simmim", "images_per_s": 200.0}]
+    title = "swinv2_b, 192x192 px, window 12, batch 16, bf16, eager, training step"
+    write_table(rows, tmp_path / "benchmark", title=title, notes=[])
+    words = [*BASE, "images_per_epoch=1281167", "trainer.max_steps=1000"]
+    for given in (tmp_path, tmp_path / "benchmark.csv"):
+        cost = cost_of(config_of(*words, f"throughput={given}"), TITLE)
+        assert "on 1 device at 200 images/s: 2.8 hours, 2.8 device hours;" in cost
+    for wrong in ("swinv2_b, 192x192 px, window 24", "swinv2_t, 192x192 px, window 12"):
+        with pytest.raises(ValueError, match=f"was measured of {title}, and the run is {wrong}"):
+            cost_of(config_of(*words, f"throughput={tmp_path}"), f"{wrong}, batch 64 a device, bf16")
+    with pytest.raises(ValueError, match=r"the run is .*fp32: measure that"):
+        cost_of(config_of(*words, f"throughput={tmp_path}"), TITLE.replace("bf16", "fp32"))
+    write_table(rows, tmp_path / "benchmark", title=title.replace("training step", "forward pass"), notes=[])
+    with pytest.raises(ValueError, match=r"was measured of .*forward pass"):
+        cost_of(config_of(*words, f"throughput={tmp_path}"), TITLE)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["throughput=fast"], "throughput=fast is neither a number nor a table of python -m simmim.benchmark"),
+        (["throughput=5", "data=folder"], "images_per_epoch must be given, or data.root"),
+        (["price_per_hour=2"], "price_per_hour=2 needs throughput="),
+        (["images_per_epoch=9"], "images_per_epoch=9 needs throughput="),
+        (["throughput=0"], "throughput=0 must be "),
+        (["throughput=5", "scaling_efficiency=1.2"], "scaling_efficiency=1.2 must be "),
+    ],
+)
+def test_what_a_price_cannot_be_told_of(words, reason):
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        cost_of(config_of(*TINY, *words), TITLE)
+
+
+@pytest.mark.parametrize("command", ["plan", "pretrain"])
+@pytest.mark.parametrize("recipe", ["finetune_swin_b_800ep", "low_label", "position_bias_transfer"])
+def test_recipes_of_fine_tuning_are_refused(recipe, command):
+    with pytest.raises(ValueError, match=f"^experiment={recipe} fine-tunes, and simmim.{command} is for pretraining"):
+        config_of(f"experiment={recipe}", command=command)
 
 
 def test_advice_for_a_run_that_has_run_out_of_memory(monkeypatch):

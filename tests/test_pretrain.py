@@ -13,8 +13,8 @@ from safetensors import safe_open
 from simmim.command import compose_config
 from simmim.encoders.table_resizing import move_table
 from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.length import run_length
 from simmim.pretrain import build, pretrain
-from simmim.run import run_length
 from simmim.run_folder import list_checkpoints
 from simmim.tasks.pretraining import MaskedImageModel
 
