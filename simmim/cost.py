@@ -81,7 +81,7 @@ def read_throughput(given: float | str, title: str) -> float:
     try:
         with path.open(newline="") as file:
             rates = [float(row["images_per_s"]) for row in csv.DictReader(file) if row["network"] == OURS]
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
         rates = []
     if len(rates) != 1 or not rates[0] > 0:
         raise ValueError(

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from simmim.command import compose_config
+from simmim.encoders import SwinTransformerV2
 from simmim.encoders.table_resizing import move_table
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.encoders.weights import load_encoder, load_encoder_weights, read_encoder_weights
 from simmim.export import export
 from simmim.finetune import finetune
 from simmim.inspect import inspect
@@ -79,3 +80,9 @@ def test_it_goes_to_others_and_comes_back(pretrained, tmp_path, caplog):
     ours, theirs = (load_encoder(path).eval() for path in (pretrained, out))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(ours(images), theirs(images))
+    moved = []
+    for path in (pretrained, out):
+        larger = SwinTransformerV2(**ours.config | {"window_size": 8})
+        load_encoder_weights(larger, path, image_size=(64, 64))
+        moved.append(larger.state_dict())
+    assert all(torch.equal(value, moved[1][key]) for key, value in moved[0].items())
