@@ -11,6 +11,7 @@ from simmim.encoders.position_bias import move_table
 from simmim.encoders.weights import load_encoder, load_encoder_weights, read_encoder_weights
 from simmim.evaluate import evaluate
 from simmim.export import export
+from simmim.exporting import FORMATS
 from simmim.finetune import finetune
 from simmim.inspect import inspect
 from simmim.plan import plan
@@ -117,6 +118,19 @@ def test_it_is_drawn_told_and_planned(pretrained, photos, tmp_path, caplog):
     assert "a Vision Transformer of no published size" in caplog.text
     assert "position bias shared_table" in caplog.text
     assert {row["attention"] for row in rows} == {"reference", "sdpa"} and all(row["stage 1"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("form", ["official", "safetensors"])
+@pytest.mark.parametrize("run", ["pretrained", "tuned"])
+def test_it_is_exported_and_read_back(pretrained, tuned, tmp_path, caplog, form, run):
+    """The command itself compares features, and logits or pixels, and the weights bit by bit."""
+    encoder = {"pretrained": pretrained, "tuned": tuned[0]}[run]
+    out = tmp_path / f"vit{FORMATS[form].ending}"
+    with caplog.at_level("INFO"):
+        export(compose_config("export", [f"encoder={encoder}", f"format={form}", f"out={out}"], output_dir=tmp_path))
+    assert "differs in features" in caplog.text and "the same bit by bit" in caplog.text
+    assert ("logits" in caplog.text) == (run == "tuned")
+    assert (tmp_path / "MODEL_CARD.md").exists()
 
 
 @pytest.mark.parametrize(

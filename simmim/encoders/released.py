@@ -25,6 +25,7 @@ from simmim.encoders.names import (
     is_buffer,
     without_prefix,
 )
+from simmim.encoders.released_vit import is_vision_transformer, read_vision_transformer
 from simmim.encoders.stored_windows import stored_geometry
 from simmim.encoders.swinv2 import V2, SwinTransformerV2
 from simmim.encoders.tensor_files import CONFIG, PREPROCESSOR, read_json
@@ -74,6 +75,8 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
     """
     try:
         state = _state_of(tree)
+        if is_vision_transformer(state):
+            return read_vision_transformer(state)
         layout = _recognise(state)
         weights = READERS[layout.library](state)
         shape = _shape_of(weights)

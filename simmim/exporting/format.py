@@ -47,8 +47,12 @@ def check_version(model: Model, form: Format) -> None:
     Raises:
         ValueError: With the setting.
     """
-    if not isinstance(model.encoder, SwinTransformerV2) and form.name != "safetensors":
-        raise ValueError(f"format={form.name} is not written of a {model.encoder.title}: give format=safetensors")
+    if not isinstance(model.encoder, SwinTransformerV2):
+        if form.name not in ("safetensors", "official"):
+            raise ValueError(
+                f"format={form.name} is not written of a {model.encoder.title}: give format=official or safetensors"
+            )
+        return
     other = [f"model.{key}={value}" for key, value in model.config.items() if key in V2 and value != V2[key]]
     if other and form.name not in ("safetensors", "onnx"):
         raise ValueError(

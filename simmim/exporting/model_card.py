@@ -22,6 +22,11 @@ RECIPE = (
 )
 """What the card says of a run's settings, where the run has them: `encoder` is what it started from."""
 
+ARCHITECTURES = {
+    "swinv2": "Swin Transformer V2 (arXiv 2111.09883)",
+    "vit": "Vision Transformer (of SimMIM, arXiv 2111.09886)",
+}
+
 DATA = ("data.source", "data.root", "data.train_images", "data.label_fraction")
 """What it says of the images. Of paths only the last part: the rest is the machine's."""
 
@@ -96,15 +101,16 @@ def card_of(model: Model, form: Format, origin: Origin, checks: Iterable[str], p
 
 
 def _kind(model: Model) -> str:
+    name = f"a {ARCHITECTURES[model.encoder.architecture].partition(' (')[0]}"
     if model.classes is not None:
-        return f"a Swin Transformer V2 that tells {len(model.classes)} classes apart"
-    return "a Swin Transformer V2 pretrained with SimMIM" if model.decoder else "a Swin Transformer V2 encoder"
+        return f"{name} that tells {len(model.classes)} classes apart"
+    return f"{name} pretrained with SimMIM" if model.decoder else f"{name} encoder"
 
 
 def _facts(model: Model) -> dict[str, str]:
     config = model.config
     facts = {
-        "architecture": "Swin Transformer V2 (arXiv 2111.09883)",
+        "architecture": ARCHITECTURES[model.encoder.architecture],
         "parameters of the encoder": f"{sum(value.numel() for value in model.weights.values()) / 1e6:.1f} M",
         **{key: str(config[key]) for key in ("embed_dim", "depths", "num_heads", "patch_size", "window_size")},
         "image size": "x".join(map(str, model.image_size)) + " px",
