@@ -130,7 +130,7 @@ MODEL: Section = {
     "position_bias": WORD | NULL,
     "norm": WORD | NULL,
     "attention_similarity": WORD | NULL,
-    "layer_scale": number() | NULL,
+    "layer_scale": number(0, 1000) | NULL,
 }
 
 MAX_VALUE = number(1e-12, 1e12)

@@ -49,8 +49,8 @@ CLASSIFIERS = {
 
 OTHERS = {
     "relative_position_bias_table": "Swin Transformer V1",
-    "cls_token": "a Vision Transformer (ViT)",
-    "class_token": "a Vision Transformer (ViT)",
+    "cls_token": "a Vision Transformer (ViT), not of SimMIM",
+    "class_token": "a Vision Transformer (ViT), not of SimMIM",
     "pos_embed": "a Vision Transformer (ViT)",
     "pos_embedding": "a Vision Transformer (ViT)",
 }
