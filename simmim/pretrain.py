@@ -1,7 +1,7 @@
-"""`python -m simmim.pretrain`: pretrains a Swin Transformer V2 on images without labels.
+"""`python -m simmim.pretrain`: pretrains an encoder on images without labels.
 
-With no argument: a small one on synthetic images, in about a minute on two CPU cores. `conf/pretrain.yaml` lists
-all keys.
+With no argument: a small Swin Transformer V2 on synthetic images, in about a minute on two CPU cores.
+`conf/pretrain.yaml` lists all keys.
 """
 
 import logging

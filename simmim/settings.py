@@ -131,7 +131,7 @@ MODEL: Section = {
     "norm": WORD | NULL,
     "attention_similarity": WORD | NULL,
     "table_resizing": WORD | NULL,
-    "layer_scale": number() | NULL,
+    "layer_scale": number(0, 1000) | NULL,
 }
 
 MAX_VALUE = number(1e-12, 1e12)

@@ -27,6 +27,8 @@ from simmim.stages import fill_in, load_classifier
 
 VARIANTS = {
     "debug": ("pretrain", ["experiment=debug"]),
+    "vit": ("pretrain", ["experiment=debug", "model=vit_s", "model.depths=[1]", "model.embed_dim=8",
+                         "model.num_heads=[1]", "model.patch_size=8", "model.window_size=4", "masking.patch_size=16"]),
     "ddp": ("pretrain", ["experiment=debug", "trainer=ddp"]),
     "fsdp": ("pretrain", ["experiment=debug", "trainer=fsdp", "logger=[tensorboard,wandb]"]),
     "folder": ("pretrain", ["data=folder", "data.root={photos}", "data.num_workers=0", "trainer=cpu"]),
@@ -44,11 +46,11 @@ VARIANTS = {
     "prepare": ("prepare", ["data.root={photos}", "out=copy"]),
     "export": ("export", ["encoder=nowhere", "format=timm", "out=there"]),
     "benchmark": ("benchmark", ["model=swinv2_t", "trainer=cpu"]),
-}
+}  # fmt: skip
 EXAMPLES = {
-    "debug": 50, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40, "scratch": 20,
-    "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15, "statistics": 10, "shards": 6, "zip": 5, "hf": 6,
-    "list": 6, "export": 10,
+    "debug": 50, "vit": 15, "ddp": 12, "fsdp": 15, "folder": 15, "reconstruct": 10, "embed": 10, "finetune": 40,
+    "scratch": 20, "evaluate": 20, "inspect": 10, "prepare": 10, "benchmark": 15, "statistics": 10, "shards": 6,
+    "zip": 5, "hf": 6, "list": 6, "export": 10,
 }  # fmt: skip
 
 VALUES = [

@@ -27,6 +27,7 @@ from simmim.encoders.names import (
     is_buffer,
     without_prefix,
 )
+from simmim.encoders.released_vit import is_vision_transformer, read_vision_transformer
 from simmim.encoders.stored_windows import stored_geometry
 from simmim.encoders.swin import V1
 from simmim.encoders.swinv2 import V2, SwinTransformerV2
@@ -51,8 +52,8 @@ CLASSIFIERS = {
 """Where a linear classifier lies."""
 
 OTHERS = {
-    "cls_token": "a Vision Transformer (ViT)",
-    "class_token": "a Vision Transformer (ViT)",
+    "cls_token": "a Vision Transformer (ViT), not of SimMIM",
+    "class_token": "a Vision Transformer (ViT), not of SimMIM",
     "pos_embed": "a Vision Transformer (ViT)",
     "pos_embedding": "a Vision Transformer (ViT)",
 }
@@ -83,6 +84,8 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
     """
     try:
         state = _state_of(tree)
+        if is_vision_transformer(state):
+            return read_vision_transformer(state)
         layout = _recognise(state)
         weights = READERS[layout.library](state)
         shape = _shape_of(weights)

@@ -47,8 +47,12 @@ def check_version(model: Model, form: Format) -> None:
     Raises:
         ValueError: With the settings.
     """
-    if not isinstance(model.encoder, SwinTransformerV2) and form.name != "safetensors":
-        raise ValueError(f"format={form.name} is not written of a {model.encoder.title}: give format=safetensors")
+    if not isinstance(model.encoder, SwinTransformerV2):
+        if form.name not in ("safetensors", "official"):
+            raise ValueError(
+                f"format={form.name} is not written of a {model.encoder.title}: give format=official or safetensors"
+            )
+        return
     if model.version is None and form.name not in ("safetensors", "onnx"):
         own = ", ".join(f"model.{key}={model.config[key]}" for key in V2)
         raise ValueError(

@@ -126,9 +126,12 @@ class Model:
     def reached(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the encoder with tables as large as the windows: other libraries have no room for more."""
         windows = self.encoder.windows(*self.image_size)
+
+        def window_of(key: str) -> tuple[int, int]:
+            return windows[int(key.split(".")[1]) if key.startswith("stages.") else 0]
+
         return {
-            key: middle_of(value, windows[int(key.split(".")[1])]) if key.endswith(TABLE) else value
-            for key, value in weights.items()
+            key: middle_of(value, window_of(key)) if key.endswith(TABLE) else value for key, value in weights.items()
         }
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simmim.encoders import SwinTransformerV2
 from simmim.exporting.format import Format
 from simmim.exporting.model import Model
 
@@ -27,7 +28,9 @@ ARCHITECTURES = {
     2: "Swin Transformer V2 (arXiv 2111.09883)",
     None: "Swin Transformer, between its versions",
 }
-"""By version."""
+"""By version; a Vision Transformer has none."""
+
+VIT = "Vision Transformer (of SimMIM, arXiv 2111.09886)"
 
 DATA = ("data.source", "data.root", "data.train_images", "data.label_fraction")
 """What it says of the images. Of paths only the last part: the rest is the machine's."""
@@ -103,7 +106,9 @@ def card_of(model: Model, form: Format, origin: Origin, checks: Iterable[str], p
 
 
 def _kind(model: Model) -> str:
-    name = "a Swin Transformer" + (f" V{model.version}" if model.version else "")
+    name = f"a {model.encoder.title}"
+    if isinstance(model.encoder, SwinTransformerV2):
+        name = "a Swin Transformer" + (f" V{model.version}" if model.version else "")
     if model.classes is not None:
         return f"{name} that tells {len(model.classes)} classes apart"
     return f"{name} pretrained with SimMIM" if model.decoder else f"{name} encoder"
@@ -112,7 +117,7 @@ def _kind(model: Model) -> str:
 def _facts(model: Model) -> dict[str, str]:
     config = model.config
     facts = {
-        "architecture": ARCHITECTURES[model.version],
+        "architecture": ARCHITECTURES[model.version] if isinstance(model.encoder, SwinTransformerV2) else VIT,
         "parameters of the encoder": f"{sum(value.numel() for value in model.weights.values()) / 1e6:.1f} M",
         **{key: str(config[key]) for key in ("embed_dim", "depths", "num_heads", "patch_size", "window_size")},
         "image size": "x".join(map(str, model.image_size)) + " px",

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from simmim.encoders.names import to_official
 from simmim.encoders.position_bias import log_spaced_offsets
+from simmim.encoders.vit import VisionTransformer
 from simmim.encoders.windows import Windows, regions
+from simmim.exporting import official_vit
 from simmim.exporting.format import Format, Reader, check_square_windows
 from simmim.exporting.model import Model, Outputs
 from simmim.exporting.timm_folder import architecture
@@ -59,12 +61,16 @@ def state_of(model: Model) -> dict[str, Tensor]:
 
 def write(model: Model, path: Path) -> None:
     """Writes the file."""
+    if isinstance(model.encoder, VisionTransformer):
+        return official_vit.write(model, path)
     check_square_windows(model, "format=official")
     torch.save({"model": {key: value.contiguous() for key, value in state_of(model).items()}}, path)
 
 
 def readers(model: Model, path: Path) -> Mapping[str, Reader]:
     """By timm, which knows the authors' layout; not the prefix of SimMIM, which it is spared, as by the authors."""
+    if isinstance(model.encoder, VisionTransformer):
+        return official_vit.readers(model, path)
     import timm
     from timm.models import swin_transformer, swin_transformer_v2
 
@@ -86,6 +92,8 @@ def readers(model: Model, path: Path) -> Mapping[str, Reader]:
 
 def usage(model: Model, path: str) -> str:
     """What the card says."""
+    if isinstance(model.encoder, VisionTransformer):
+        return official_vit.usage(model, path)
     windows = f"\n    PRETRAINED_WINDOW_SIZES: [{', '.join(map(str, model.windows))}]" if model.version == 2 else ""
     kind = "swinv2" if model.version == 2 else "swin"
     return f"""\

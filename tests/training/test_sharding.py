@@ -40,6 +40,10 @@ G = [
     "model.window_size=2", "data.image_size=64", "masking.patch_size=32", "optimizer.clip_grad_norm=100",
     "trainer.max_steps=1",
 ]  # fmt: skip
+VIT = [
+    "model=vit_s", "model.depths=[2]", "model.embed_dim=24", "model.num_heads=[3]", "model.patch_size=8",
+    "model.window_size=4", "masking.patch_size=16", "optimizer.layer_decay=0.7",
+]  # fmt: skip
 
 
 def one(folder, *overrides):
@@ -87,6 +91,7 @@ def alone(tmp_path_factory):
     )
     one(folder / "layered", *EXACT, "optimizer.layer_decay=0.7")
     one(folder / "table", *EXACT, "model.position_bias=table")
+    one(folder / "vit", *EXACT, *VIT)
     one(folder / "bf16", *EXACT, "trainer.precision=bf16-mixed")
     return folder
 
@@ -104,6 +109,7 @@ def together(tmp_path_factory, alone):
                      "trainer.activation_checkpointing=[1,3]"],
         "layered": [*SHARDED, *EXACT, "optimizer.layer_decay=0.7"],
         "table": [*SHARDED, *EXACT, "model.position_bias=table"],
+        "vit": [*SHARDED, *EXACT, *VIT, "trainer.activation_checkpointing=all"],
         "compiled": [*SHARDED, *EXACT, *WATCHED, "trainer.compile=true", "trainer.activation_checkpointing=all"],
         "bf16": [*SHARDED, *EXACT, "trainer.precision=bf16-mixed"],
         "ddp": ["trainer=ddp", *TWO, *EXACT, *WATCHED, *half],
@@ -149,6 +155,11 @@ def test_processes_leave_out_the_same_steps(alone, together):
 def test_layers_have_their_own_learning_rates(alone, together):
     assert_equal_metrics(together / "layered", alone / "layered")
     assert rows(alone / "layered")[-1]["val_loss"] != rows(alone / "plain")[-1]["val_loss"]
+
+
+def test_a_vision_transformer_is_sharded_alike(alone, together):
+    """With what stands outside of its blocks: the position bias that all of them share, and the tokens."""
+    assert_equal_metrics(together / "vit", alone / "vit")
 
 
 def test_tables_of_offsets_are_sharded_like_everything_else(alone, together):
