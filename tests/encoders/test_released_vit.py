@@ -48,6 +48,7 @@ def test_what_simmim_pretrained(pretrained: tuple[Beit, Path]) -> None:
     assert known["config"] == {
         "embed_dim": 24, "depths": [2], "num_heads": [3], "window_size": 4, "patch_size": 8, "in_channels": 3,
         "drop_path": 0.0, "attention": "auto", "position_bias": "shared_table", "layer_scale": 0.1,
+        "table_resizing": "geometric",
     }  # fmt: skip
     assert [note.split()[1] for note in known["notes"]] == ["buffers", "decoder"]
     images = torch.randn(2, 3, 32, 32)
