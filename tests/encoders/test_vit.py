@@ -17,6 +17,7 @@ from simmim.masking import expand_mask
 from simmim.tasks.classification import ImageClassifier
 from simmim.tasks.pretraining import MaskedImageModel
 from simmim.training.optimizer import create_optimizer, is_decayed
+from simmim.training.propagation import measure_blocks
 
 SMALL: dict[str, Any] = {"embed_dim": 24, "depths": (3,), "num_heads": (3,), "patch_size": 8}
 BIASES = {"shared_table": {"use_shared_rel_pos_bias": True}, "table": {"use_rel_pos_bias": True}}
@@ -290,3 +291,20 @@ def test_swin_has_no_layer_scale() -> None:
     name = next(iter(swinv2.SIZES))
     with pytest.raises(ValueError, match=r"^model\.layer_scale=0\.1 is nothing that model\.name=swinv2_t has"):
         create_encoder(name, window_size=4, layer_scale=0.1)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_the_highest_attention_is_timms(bias: str) -> None:
+    ours = small_encoder(position_bias=bias)
+    randomize(ours)
+    theirs, images = theirs_of(ours, (48, 48)), torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    expected: list[Tensor] = []
+    for block in theirs.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _, __, out: expected.append(out.amax(-1).mean((0, 2))))
+    theirs.forward_features(images)
+    found = measure_blocks(ours, lambda: ours(images)).attention
+    assert len(found) == len(expected) == 3
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+        assert own.std() > 1e-4
