@@ -147,10 +147,10 @@ def notes(options: argparse.Namespace) -> list[str]:
         f"trained for {options.steps} steps of {options.batch_size} images, learning rate {options.lr:g}, seed "
         f"{options.seed}; measured by `python -m simmim.diagnose signal` on {options.images} validation images; every "
         "block: signal.csv",
-        "variance ratio: the highest block's over the lowest's; the paper reports 10^4 for a trained V1-L, of another "
-        "size, other data and much longer training: compare the order, not the heights",
+        "variance ratio: the highest block's over the lowest's; 10^4 is reported of a trained Swin-L of V1, of another "
+        "size, on other data, and trained much longer: compare the order, not the heights",
         "highest attention: what a query gives to the key that it attends to most, on average over the queries of a "
-        "head; of the extreme head of all blocks",
+        "head; of the extreme head of all blocks; cosines begin with a scale of 10, and so with higher ones",
         *environment_notes(gpu=torch.cuda.is_available()),
     ]
 

@@ -122,7 +122,8 @@ class StepTable:
         if not self.path.exists():
             return
         with self.path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            whole = file.read().rpartition("\n")[0]  # a process that was killed may have left half a line
+        kept = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= step]
         with whole_file(self.path) as temporary:
             temporary.write_text(self._lines(kept, header=True), newline="")
 

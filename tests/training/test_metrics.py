@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from simmim.training.metrics import MetricsFile
+from simmim.training.metrics import MetricsFile, StepTable
 
 
 @contextmanager
@@ -56,3 +56,25 @@ def test_rows_wait_for_room_on_a_full_disk(tmp_path, caplog, new_metric):
     rows = ["1,0.5,", "2,,0.25", "3,0.125,", "4,0.0625,"] if new_metric else ["1,0.5", "2,0.25", "3,0.125", "4,0.0625"]
     assert path.read_text().splitlines()[1:] == rows
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_table_of_steps_is_continued_where_its_run_is(tmp_path, caplog):
+    path = tmp_path / "skipped.csv"
+    table = StepTable(path, ["samples"])
+    table.begin(0)
+    assert not path.exists()
+    for step in (3, 12, 12):
+        table.add([{"step": step, "samples": f"0:{step} 1:7"}])
+    whole = path.read_text()
+    path.write_text(whole + "1")  # of step 13
+    again = StepTable(path, ["samples"])
+    again.begin(12)
+    assert path.read_text() == whole
+    again.begin(11)
+    with files_limited_to(path.stat().st_size + 3):
+        again.add([{"step": 12, "samples": "0:1"}])
+        again.add([{"step": 13, "samples": "0:2"}])
+        assert path.read_text().splitlines() == ["step,samples", "3,0:3 1:7"]
+    assert caplog.text.count("its rows wait in memory") == 1
+    again.add([{"step": 14, "samples": "0:3"}])
+    assert path.read_text().splitlines()[2:] == ["12,0:1", "13,0:2", "14,0:3"]
