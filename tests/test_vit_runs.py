@@ -7,7 +7,7 @@ from PIL import Image
 
 from simmim.command import compose_config
 from simmim.embed import embed
-from simmim.encoders.position_bias import move_table
+from simmim.encoders.table_resizing import move_table
 from simmim.encoders.weights import load_encoder, load_encoder_weights, read_encoder_weights
 from simmim.evaluate import evaluate
 from simmim.export import export
@@ -74,7 +74,7 @@ def test_fine_tuning_gives_each_block_the_table_moved_to_the_larger_map(pretrain
     report = load_encoder_weights(encoder, pretrained, image_size=(48, 48))
     assert "The position bias that all blocks shared was given to each of them" in report
     tables = [block.attention.position_bias.table for block in encoder.blocks[0]]
-    expected = move_table(before["position_bias.table"], (4, 4), (6, 6), window_size=6)
+    expected = move_table(before["position_bias.table"], (4, 4), (6, 6), window_size=6, resizing="geometric")
     assert all(torch.equal(table, expected) for table in tables) and expected.shape[1:] == (11, 11)
     pairs = [block.attention.position_bias.class_token for block in encoder.blocks[0]]
     assert all(torch.equal(pair, before["position_bias.class_token"]) for pair in pairs)

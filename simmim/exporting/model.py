@@ -18,7 +18,7 @@ from simmim.checkpoint_files import load, load_rest
 from simmim.encoders import Encoder
 from simmim.encoders.attention_weights import TABLE
 from simmim.encoders.swin import V1
-from simmim.encoders.swinv2 import V2, SwinTransformerV2
+from simmim.encoders.swinv2 import V2
 from simmim.encoders.table_resizing import middle_of
 from simmim.encoders.tensor_files import is_safetensors
 from simmim.encoders.weights import (
@@ -113,9 +113,7 @@ class Model:
     @property
     def version(self) -> int | None:
         """Of Swin Transformer; None for what is neither the one nor the other, as studies have it."""
-        if self.encoder.architecture != SwinTransformerV2.architecture:
-            return None
-        own = {key: self.config[key] for key in V2}
+        own = {key: self.config.get(key) for key in V2}
         return 2 if own == V2 else 1 if own.items() <= V1.items() else None
 
     @property
@@ -126,12 +124,9 @@ class Model:
     def reached(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the encoder with tables as large as the windows: other libraries have no room for more."""
         windows = self.encoder.windows(*self.image_size)
-
-        def window_of(key: str) -> tuple[int, int]:
-            return windows[int(key.split(".")[1]) if key.startswith("stages.") else 0]
-
         return {
-            key: middle_of(value, window_of(key)) if key.endswith(TABLE) else value for key, value in weights.items()
+            key: middle_of(value, windows[_stage_of(key)]) if key.endswith(TABLE) else value
+            for key, value in weights.items()
         }
 
     @property
@@ -166,6 +161,12 @@ class Model:
         """The same for each patch, as other libraries take it: boolean (B, patches)."""
         height, width = (side // self.config["patch_size"] for side in images.shape[-2:])
         return expand_mask(self.hidden(images), height, width).flatten(1)
+
+
+def _stage_of(table: str) -> int:
+    """The stage of a table by its name; one that all blocks share is of the first."""
+    kind, number, *_ = table.split(".")
+    return int(number) if kind == "stages" else 0
 
 
 def open_model(path: Path, *, usual: Mapping[str, Any], with_decoder: bool) -> Model:

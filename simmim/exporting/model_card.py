@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simmim.encoders import SwinTransformerV2
 from simmim.exporting.format import Format
 from simmim.exporting.model import Model
 
@@ -28,9 +27,7 @@ ARCHITECTURES = {
     2: "Swin Transformer V2 (arXiv 2111.09883)",
     None: "Swin Transformer, between its versions",
 }
-"""By version; a Vision Transformer has none."""
-
-VIT = "Vision Transformer (of SimMIM, arXiv 2111.09886)"
+"""Of Swin Transformers, by version."""
 
 DATA = ("data.source", "data.root", "data.train_images", "data.label_fraction")
 """What it says of the images. Of paths only the last part: the rest is the machine's."""
@@ -106,18 +103,22 @@ def card_of(model: Model, form: Format, origin: Origin, checks: Iterable[str], p
 
 
 def _kind(model: Model) -> str:
-    name = f"a {model.encoder.title}"
-    if isinstance(model.encoder, SwinTransformerV2):
-        name = "a Swin Transformer" + (f" V{model.version}" if model.version else "")
+    name = f"a {model.encoder.title}" + (f" V{model.version}" if model.version else "")
     if model.classes is not None:
         return f"{name} that tells {len(model.classes)} classes apart"
     return f"{name} pretrained with SimMIM" if model.decoder else f"{name} encoder"
 
 
+def _architecture(model: Model) -> str:
+    return (
+        ARCHITECTURES[model.version] if model.encoder.architecture == "swinv2" else f"{model.encoder.title}, of SimMIM"
+    )
+
+
 def _facts(model: Model) -> dict[str, str]:
     config = model.config
     facts = {
-        "architecture": ARCHITECTURES[model.version] if isinstance(model.encoder, SwinTransformerV2) else VIT,
+        "architecture": _architecture(model),
         "parameters of the encoder": f"{sum(value.numel() for value in model.weights.values()) / 1e6:.1f} M",
         **{key: str(config[key]) for key in ("embed_dim", "depths", "num_heads", "patch_size", "window_size")},
         "image size": "x".join(map(str, model.image_size)) + " px",

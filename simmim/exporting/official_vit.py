@@ -13,18 +13,14 @@ from simmim.exporting.model import Model, Outputs
 
 
 def check(model: Model) -> None:
-    """Refuses tables of positions that have another size than the map.
+    """Refuses images that are not square.
 
     Raises:
-        ValueError: With both.
+        ValueError: With their size.
     """
-    ((height, width),) = model.encoder.windows(*model.image_size)
-    if {height, width} != {model.encoder.window_size}:
-        raise ValueError(
-            f"format=official has position biases for square maps of one size: at {model.image_size[0]}x"
-            f"{model.image_size[1]} px the map has {height}x{width} patches, and there is room for "
-            f"model.window_size={model.encoder.window_size}: give format=safetensors"
-        )
+    height, width = model.image_size
+    if height != width:
+        raise ValueError(f"format=official has square images alone, not {height}x{width} px: give format=safetensors")
 
 
 def write(model: Model, path: Path) -> None:
