@@ -114,11 +114,11 @@ def reference_attention(
 def _spelt_out(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
     """The formula, with the bias of each pair of tokens: (1 or N, n, T, T)."""
     value = qkv[2].permute(2, 0, 3, 1)  # (W, n, T, d)
-    x: Tensor = attention_weights(qkv, similarity, bias).to(value.dtype) @ value
+    x: Tensor = attention_probabilities(qkv, similarity, bias).to(value.dtype) @ value
     return x.permute(1, 3, 0, 2)
 
 
-def attention_weights(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
+def attention_probabilities(qkv: Tensor, similarity: Similarity, bias: Tensor) -> Tensor:
     """What each query gives to each key, softmax(scale * cos(query, key) + bias): (W, n, T, T), in fp32."""
     query, key, _ = qkv.permute(0, 3, 1, 4, 2)  # (W, n, T, d)
     with torch.autocast(qkv.device.type, enabled=False):
@@ -156,7 +156,7 @@ def highest_weights(qkv: Tensor, *, log_scale: Tensor | None, table: Tensor, geo
         one = slice(head, head + 1)
         alone = Similarity(similarity.cosine, similarity.scale[one])
         highest = [
-            attention_weights(windows, alone, _bias(table[one], geometry.window, regions)).amax(-1).squeeze(1)  # (W, T)
+            attention_probabilities(windows, alone, _bias(table[one], geometry.window, regions)).amax(-1).squeeze(1)  # (W, T)
             for windows in torch.split(qkv[:, one], at_a_time, dim=3)
         ]
         totals.append((torch.cat(highest) * real).sum())
@@ -170,7 +170,7 @@ def highest_pairwise_weights(qkv: Tensor, *, bias: Tensor) -> Tensor:
     heads = (slice(head, head + 1) for head in range(qkv.shape[1]))
     return torch.stack(
         [
-            attention_weights(qkv[:, one], Similarity(whole.cosine, whole.scale[one]), bias[None, one]).amax(-1).mean()
+            attention_probabilities(qkv[:, one], Similarity(whole.cosine, whole.scale[one]), bias[None, one]).amax(-1).mean()
             for one in heads
         ]
     )
