@@ -540,7 +540,7 @@ def test_a_stage_follows_a_pretraining_at_192_pixels(stage, tmp_path, pretrained
     """SwinV2-T on the meta device: the windows divide, and the bias counts in the windows of the pretraining."""
     with torch.device("meta"):
         encoder = create_encoder("swinv2_t", window_size=12)
-    known = {"origin": "simmim", "config": encoder.config, "image_size": [192, 192],
+    known = {"origin": "simmim", "architecture": "swinv2", "config": encoder.config, "image_size": [192, 192],
              "windows": encoder.windows(192, 192), "mean": None,
              "std": None, "head": None, "classes": None}  # fmt: skip
     words = [f"stage={stage}", "encoder=run", "data.train_images=64", "data.val_images=2", "trainer=cpu"]

@@ -156,24 +156,20 @@ def highest_weights(qkv: Tensor, *, log_scale: Tensor | None, table: Tensor, geo
         one = slice(head, head + 1)
         alone = Similarity(similarity.cosine, similarity.scale[one])
         highest = [
-            attention_probabilities(windows, alone, _bias(table[one], geometry.window, regions)).amax(-1).squeeze(1)  # (W, T)
+            attention_probabilities(windows, alone, _bias(table[one], geometry.window, regions)).amax(-1)  # (W, 1, T)
             for windows in torch.split(qkv[:, one], at_a_time, dim=3)
         ]
-        totals.append((torch.cat(highest) * real).sum())
+        totals.append((torch.cat(highest).squeeze(1) * real).sum())
     return torch.stack(totals) / real.sum()
 
 
 @torch.no_grad()
 def highest_pairwise_weights(qkv: Tensor, *, bias: Tensor) -> Tensor:
     """As `highest_weights`, of `pairwise_attention`: (n,), in fp32."""
-    whole = Similarity.of(None, bias, qkv.shape[2])
+    cosine, scale = Similarity.of(None, bias, qkv.shape[2])
     heads = (slice(head, head + 1) for head in range(qkv.shape[1]))
-    return torch.stack(
-        [
-            attention_probabilities(qkv[:, one], Similarity(whole.cosine, whole.scale[one]), bias[None, one]).amax(-1).mean()
-            for one in heads
-        ]
-    )
+    each = (attention_probabilities(qkv[:, one], Similarity(cosine, scale[one]), bias[None, one]) for one in heads)
+    return torch.stack([probabilities.amax(-1).mean() for probabilities in each])
 
 
 def sdpa_attention(
