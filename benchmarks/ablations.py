@@ -27,7 +27,7 @@ PAPER = {
 }
 """What SimMIM found (arXiv 2111.09886, section 4.1)."""
 
-COLUMNS = ("AvgDist_px", "val_loss", "share", "top1", "place")
+COLUMNS = ("AvgDist_px", "val_loss", "share", "top1")
 """Of the report, beside the keys that vary."""
 
 
@@ -48,13 +48,13 @@ def rows(sweep: Path) -> list[dict]:
         found = list(csv.DictReader(file))
     keys = [key for key in found[0] if key.startswith(("masking.", "objective."))]
     chosen = [*keys, *(key for key in COLUMNS if any(row[key] for row in found))]
-    for row in found:
-        row["top1"] = row["top1"] and f"{100 * float(row['top1']):.1f}"
-    return [{key: _rounded(row[key]) for key in chosen} for row in found]
+    return [{key: _rounded(key, row[key]) for key in chosen} for row in found]
 
 
-def _rounded(text: str) -> str:
-    return f"{float(text):.3g}" if "." in text else text
+def _rounded(key: str, text: str) -> str:
+    if key == "top1" and text:
+        return f"{100 * float(text):.1f}"
+    return f"{float(text):.3g}" if "." in text and key in COLUMNS else text
 
 
 def notes(which: str, options: argparse.Namespace) -> list[str]:
