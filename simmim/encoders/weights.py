@@ -207,7 +207,8 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None:
     """The windows, one a stage, in which the position bias counts offsets: a later stage's `pretrained_window_size`.
 
-    They stay those of the first stage of training: a later one hands them on.
+    They stay those of the first stage of training: a later one hands them on. A table is moved instead, and has the
+    windows of the last stage.
 
     Args:
         metadata: See `read_encoder_weights`.
@@ -215,8 +216,9 @@ def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None
     Returns:
         Sides in tokens, [height, width] where these differ; or None where they are unknown.
     """
+    moved = metadata["config"]["position_bias"].endswith("table")
     given: list[int | list[int]] | None = metadata["config"].get("pretrained_window_size")
-    if given is not None or metadata["windows"] is None:
+    if (given is not None and not moved) or metadata["windows"] is None:
         return given
     return [height if height == width else [height, width] for height, width in metadata["windows"]]
 
