@@ -7,6 +7,7 @@ run again.
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,12 +73,12 @@ class Study:
 
     def diagnosed(self) -> Run:
         images = self.val_shards.replace("data.val_root", "data.root")
-        encoders = ",".join(str(self.trained(variant).folder) for variant in VARIANTS)
+        encoders = ",".join(str(self.trained(variant).folder) for variant in self.options.variants)
         settings = ("signal", f"encoder=[{encoders}]", "initial=true", "data=shards", images)
         return Run("diagnose", self.options.name, (*settings, f"data.batch_size={self.options.images}"))
 
     def runs(self) -> list[Run]:
-        return [*map(self.trained, VARIANTS), self.diagnosed()]
+        return [*map(self.trained, self.options.variants), self.diagnosed()]
 
     def rows(self) -> list[dict]:
         """Those of the diagnosis; none before it is made."""
@@ -102,8 +103,8 @@ def last(run: Run, key: str) -> float:
 def table(study: Study, rows: list[dict]) -> list[dict]:
     """A row a variant."""
     found = []
-    for variant, words in WORDS.items():
-        own: dict = {"encoder": words}
+    for variant in study.options.variants:
+        own: dict = {"encoder": WORDS[variant]}
         for when, model in (("begin", f"{variant}{INITIAL}"), ("end", variant)):
             variances = values(rows, model, "variance")
             own[f"variance ratio, {when}"] = f"{max(variances) / min(variances):.2f}"
@@ -117,12 +118,12 @@ def table(study: Study, rows: list[dict]) -> list[dict]:
     return found
 
 
-def draw(rows: list[dict], path: Path, *, steps: int) -> None:
+def draw(rows: list[dict], path: Path, *, variants: Sequence[str], steps: int) -> None:
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     axes = figure.subplots(2, len(PANELS), sharex=True)
     for line, (when, suffix) in zip(axes, (("as it begins", INITIAL), (f"after {steps} steps", "")), strict=True):
         for axis, (key, words) in zip(line, PANELS.items(), strict=True):
-            for variant in VARIANTS:
+            for variant in variants:
                 heights = values(rows, f"{variant}{suffix}", key)
                 style = {"color": COLOURS[variant], "linewidth": 1.5, "markersize": 3}
                 axis.plot(range(1, len(heights) + 1), heights, "o-", label=WORDS[variant], **style)
@@ -162,13 +163,14 @@ def report(study: Study) -> None:
         return
     write_csv(rows, options.save)
     write_markdown(table(study, rows), options.save, title="The signal through deep encoders", notes=notes(options))
-    draw(rows, options.picture, steps=options.steps)
+    draw(rows, options.picture, variants=options.variants, steps=options.steps)
 
 
 def main() -> None:
     repository = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="of tin50-train-*.tar.gz and tin50-val-*.tar.gz")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 2, 18, 2])
     parser.add_argument("--embed-dim", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100)
