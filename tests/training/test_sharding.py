@@ -76,8 +76,7 @@ def assert_equal_metrics(folder, other, *, atol=1e-6, keys=("train_loss", "val_l
             assert bool(ours_at[key]) == bool(theirs_at[key])
             if ours_at[key]:
                 # one unit more: metrics.csv holds six digits
-                size = abs(float(theirs_at[key]))
-                unit = 10 ** (math.floor(math.log10(size)) - 5)
+                unit = 10 ** (math.floor(math.log10(max(0.1, abs(float(theirs_at[key]))))) - 5)
                 assert float(ours_at[key]) == pytest.approx(float(theirs_at[key]), abs=atol + unit), ours_at["step"]
 
 
