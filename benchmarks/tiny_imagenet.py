@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from runs import Run, below_outputs, command_line, run_all, shards
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.command import compose_config, image_size_of
+from simmim.config import compose_config, image_size_of
 from simmim.data.module import create_sources
 from simmim.encoders import create_encoder
 from simmim.length import run_length

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from IPython.display import Image, display
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.module import create_sources
 from simmim.masking import average_distance
 from simmim.pictures import draw_panels

@@ -27,10 +27,11 @@ import yaml
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.encoders import create_encoder
+from simmim.encoders.encoder_files import read_encoder_weights, trained_windows
 from simmim.encoders.position_bias import OFFSETS
-from simmim.encoders.weights import load_encoder_weights, read_encoder_weights, trained_windows
+from simmim.encoders.weights import load_encoder_weights
 from simmim.evaluate import evaluate
 from simmim.finetune import finetune
 from simmim.pictures import draw_position_bias

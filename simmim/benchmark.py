@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simmim.command import Config, command, image_size_of, on_gpu, precision_of, quieten_libraries
+from simmim.command import command, quieten_libraries
+from simmim.config import Config, image_size_of
 from simmim.data.module import ImageData, create_sources
 from simmim.data.transforms import centre_transform, pretraining_transform
+from simmim.devices import on_gpu, precision_of
 from simmim.masking import Masking
 from simmim.measuring.attention import attention_table
 from simmim.measuring.data import decoding_table, loader_table, workers_needed

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from simmim.checkpoint_files import load, save_file
-from simmim.command import Config, command
+from simmim.command import command
+from simmim.config import Config
 from simmim.run_folder import CHECKPOINTS, shown
 from simmim.training.checkpoint import newest_checkpoint
 

@@ -6,8 +6,9 @@ That number is measured, by `python -m simmim.benchmark` on such a device; what 
 import csv
 from pathlib import Path
 
-from simmim.command import Config, image_size_of, world_size
+from simmim.config import Config, image_size_of
 from simmim.data.module import create_sources
+from simmim.devices import world_size
 from simmim.length import run_length
 from simmim.measuring.networks import OURS
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from simmim.command import Config, command, image_size_of, on_gpu, precision_of
+from simmim.command import command
+from simmim.config import Config, image_size_of
 from simmim.data.module import ImageSamples, ImageSource, collate, create_source
 from simmim.data.transforms import centre_transform, per_channel
+from simmim.devices import on_gpu, precision_of
 from simmim.measuring.networks import OBJECTIVE
 from simmim.measuring.tables import write_csv
 from simmim.pictures import Panel, Point, draw_runs

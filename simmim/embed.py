@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, command
+from simmim.command import command
+from simmim.config import Config
 from simmim.data.files import FileSource
 from simmim.data.folder import FolderSource, SingleImage
 from simmim.data.transforms import centre_transform, per_channel
 from simmim.embedding import Embedder, create_embedder, crops_of, features_of, fitting_batch, list_unreadable
-from simmim.encoders.weights import read_encoder_weights
+from simmim.encoders.encoder_files import read_encoder_weights
 from simmim.feature_files import (
     Listing,
     Part,

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from simmim.command import Config, image_size_of, on_gpu, precision_of
+from simmim.config import Config, image_size_of
 from simmim.data.decoding import EIGHT_BIT, UnreadableImage
 from simmim.data.files import free_memory
 from simmim.data.loader import Notes, WatchedLoader, default_workers, end_with_the_command
 from simmim.data.module import ImageSource, stack
 from simmim.data.transforms import Transform, per_channel
+from simmim.devices import on_gpu, precision_of
 from simmim.encoders import Encoder
 from simmim.run_folder import shown, whole_file
 

@@ -19,13 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, command, image_size_of, on_gpu, precision_of, quieten_libraries
+from simmim.command import command, quieten_libraries
+from simmim.config import Config, image_size_of
 from simmim.data.labels import check_labels, match_labels, take_fraction
 from simmim.data.module import ImageData, ImageSource, create_source, create_sources
 from simmim.data.transforms import centre_transform, per_channel
+from simmim.devices import on_gpu, precision_of
 from simmim.embedding import Embedder, create_embedder, crops_of, features_of, list_unreadable
 from simmim.encoders import Encoder
-from simmim.encoders.weights import read_encoder_weights
+from simmim.encoders.encoder_files import read_encoder_weights
 from simmim.probes import HELD_OUT, OPTIMIZERS, feature_diagnostics, knn_accuracy, linear_probe
 from simmim.run import describe_unreadable, explained, prepare_torch
 from simmim.run_folder import UNREADABLE, shown, whole_file

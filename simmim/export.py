@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simmim.command import Config, command, read_config
+from simmim.command import command
+from simmim.config import Config, read_config
 from simmim.data.decoding import EIGHT_BIT
 from simmim.data.excerpt import read_excerpt
 from simmim.data.synthetic import SyntheticSource

@@ -10,11 +10,13 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, accumulation, command, image_size_of, on_gpu, quieten_libraries
+from simmim.command import command, quieten_libraries
+from simmim.config import Config, image_size_of
 from simmim.data.labels import check_labels, match_labels, take_fraction
 from simmim.data.module import ImageData, create_sources
 from simmim.data.transforms import centre_transform, finetuning_transform, per_channel
-from simmim.encoders.weights import read_encoder_weights, save_encoder
+from simmim.devices import accumulation, on_gpu
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder
 from simmim.length import Length, run_length
 from simmim.run import (
     describe_training,

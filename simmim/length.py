@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from simmim.command import Config, accumulation, world_size
+from simmim.config import Config
+from simmim.devices import accumulation, world_size
 
 
 @dataclass(frozen=True)

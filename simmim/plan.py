@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from simmim.command import Config, accumulation, command, image_size_of, precision_of, world_size
+from simmim.command import command
+from simmim.config import Config, image_size_of
 from simmim.cost import cost_of
 from simmim.data.files import free_memory
+from simmim.devices import accumulation, precision_of, world_size
 from simmim.encoders import ENCODERS, architecture_of, create_encoder
 from simmim.encoders.attention import resolve_implementation
 from simmim.masking import Masking

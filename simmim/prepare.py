@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, command
+from simmim.command import command
+from simmim.config import Config
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import FileSource
 from simmim.data.loader import end_with_the_command

@@ -12,19 +12,15 @@ from typing import Any
 from lightning import Callback, Trainer
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import Config, accumulation, command, image_size_of, on_gpu, quieten_libraries
+from simmim.command import command, quieten_libraries
+from simmim.config import Config, image_size_of
 from simmim.data.labels import check_labels, match_labels
 from simmim.data.module import ImageData, create_sources, fixed_batch
 from simmim.data.transforms import centre_transform, per_channel, pretraining_transform
+from simmim.devices import accumulation, on_gpu
 from simmim.encoders import architecture_of
-from simmim.encoders.weights import (
-    check_architecture,
-    check_said,
-    load_encoder_weights,
-    read_encoder_weights,
-    save_encoder,
-    trained_windows,
-)
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder, trained_windows
+from simmim.encoders.weights import check_architecture, check_said, load_encoder_weights
 from simmim.length import Length, run_length
 from simmim.masking import Masking
 from simmim.pictures import choose_channels

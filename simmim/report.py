@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from simmim.command import Config, command, planned_jobs
+from simmim.command import command
+from simmim.config import Config, planned_jobs
 from simmim.measuring.tables import write_csv, write_markdown
 from simmim.pictures import Panel, Point, draw_runs
 from simmim.run_folder import shown

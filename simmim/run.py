@@ -17,7 +17,8 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from simmim.command import Config, accumulation, check_devices, precision_of, save_config, world_size
+from simmim.config import Config, save_config
+from simmim.devices import accumulation, check_devices, precision_of, world_size
 from simmim.length import Length
 from simmim.processes import cluster_environments
 from simmim.run_folder import SIGNAL, SKIPPED, UNREADABLE, shown, step_of

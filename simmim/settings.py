@@ -4,110 +4,27 @@ What settings mean together is checked where they are used; so are words, as `ma
 them. A new command is a line of `SETTINGS`, a new key a line of its section.
 """
 
-import difflib
-import json
-import math
-import os
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import Any
+from simmim.kinds import (
+    FLAG,
+    NAME,
+    NULL,
+    ON,
+    POSITIVE,
+    RATIO,
+    SHARE,
+    TEXT,
+    WORD,
+    Kind,
+    Section,
+    Several,
+    count,
+    is_text,
+    number,
+    section_of,
+    several,
+    whole,
+)
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a value must be, in words, and how to tell."""
-
-    words: str
-    accepts: Callable[[Any], bool]
-
-    def __or__(self, other: "Kind") -> "Kind":
-        """Either of them."""
-        return Kind(f"{self.words}, or {other.words}", lambda value: self.accepts(value) or other.accepts(value))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A section whose settings depend on one of its own, as those of `data` on `data.source`.
-
-    Args:
-        key: The setting that decides: what `conf/<section>/<choice>.yaml` gives it.
-        options: The whole section for each of its values.
-    """
-
-    key: str
-    options: dict[str, "Section"]
-
-
-@dataclass(frozen=True)
-class Several:
-    """A section of which several choices may be made, each with settings of its own; the word of each is a key too.
-
-    Args:
-        options: What comes with each: `conf/<section>/<choice>.yaml`.
-    """
-
-    options: dict[str, "Section"]
-
-
-Section = dict[str, "Kind | Choice | Several | Section"]
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a number; neither true, false, nan nor infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def number(least: float = 0, most: float = math.inf, *, above: bool = False, below: bool = False) -> Kind:
-    """Numbers between two, themselves included unless `above` the one or `below` the other."""
-    words = "a number, " + (f"at least {least}" if not above else "positive" if least == 0 else f"above {least}")
-    if most < math.inf:
-        words += f", below {most}" if below else f", at most {most:,}"
-    excluded = {least} if above else {most} if below else set()
-    return Kind(words, lambda value: is_number(value) and least <= value <= most and value not in excluded)
-
-
-def whole(least: int = 0, most: int = 10**9) -> Kind:
-    """Whole numbers between two, both included. Without an end of its own, a number is at least not absurd."""
-    words = f"a whole number, {'positive' if least == 1 else f'at least {least}'}, at most {most:,}"
-    return Kind(words, lambda value: isinstance(value, int) and is_number(value) and least <= value <= most)
-
-
-def count(most: int = 10**9) -> Kind:
-    """Positive whole numbers."""
-    return whole(1, most)
-
-
-def several(kind: Kind, length: int | None = None) -> Kind:
-    """Lists, of any length unless it is given, whose items are all of a kind."""
-
-    def accepts(value: Any) -> bool:
-        return isinstance(value, list) and length in (None, len(value)) and all(map(kind.accepts, value))
-
-    return Kind(f"a list{f' of {length}' if length else ''}, each {kind.words}", accepts)
-
-
-def is_text(value: Any) -> bool:
-    """Whether this is a string that a path can be: no control characters, no part longer than file systems take."""
-    if not isinstance(value, str) or any(character < " " for character in value):
-        return False
-    return all(len(os.fsencode(part)) < 256 for part in value.split("/"))
-
-
-def is_name(value: Any) -> bool:
-    """Whether a run folder can be called so: inside of the folder of all runs."""
-    words = str(value).split("/")
-    return type(value) in (str, int) and is_text(str(value)) and {"", ".", ".."}.isdisjoint(words)
-
-
-NULL = Kind("null", lambda value: value is None)
-ON = Kind("true", lambda value: value is True)
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-WORD = Kind("one word", lambda value: not isinstance(value, list | dict))
-TEXT = Kind("text, in quotes inside of quotes where it looks like a number", is_text)
-NAME = Kind("a name as first or trials/first, without .. and empty parts", is_name)
-POSITIVE = number(above=True)
-SHARE = number(0, 1)
-RATIO = Kind("a number", is_number)
 EPOCHS = 10**6
 PIXELS = count(2**13)
 CHANNELS = several(whole(0, 999), 3) | several(whole(0, 999), 1)
@@ -187,12 +104,6 @@ LENGTH: Section = {
 }
 
 MASKING: Section = {"strategy": WORD, "patch_size": PIXELS, "ratio": RATIO}
-
-
-def section_of(choices: dict[str, Section], key: str, *shared: Section) -> Choice:
-    """Settings that depend on a choice, and those shared by all choices."""
-    everywhere = {name: kind for section in shared for name, kind in section.items()}
-    return Choice(key, {choice: {**own, **everywhere} for choice, own in choices.items()})
 
 
 TRAINING: Section = {
@@ -450,89 +361,3 @@ SETTINGS: dict[str, Section] = {
     "benchmark": BENCHMARK,
     "report": REPORT,
 }
-
-
-def check_settings(config: dict[str, Any], command: str, *, typed: Collection[str]) -> None:
-    """Refuses a config whose values are not of their kind, or with keys too many or too few.
-
-    Args:
-        config: As composed.
-        command: Name of the command.
-        typed: The keys that a person gave: each must be read. A file may bring along what others have no use for, as
-            an experiment the `data.train_images` that `data=folder` does not have.
-
-    Raises:
-        ValueError: With the key, the value, and what it must be.
-    """
-    brought = {key for section in SETTINGS.values() for key, _ in _keys(section)}.difference(typed)
-    for key, value, kind in _leaves(config, SETTINGS[command]):
-        if kind is None and key not in brought:
-            raise ValueError(unknown_key(key, command))
-        if kind is not None and not kind.accepts(value):
-            raise ValueError(f"{key}={_shown(value)} must be {kind.words}")
-
-
-def unknown_key(key: str, command: str) -> str:
-    """What to say of a key that a config does not hold: where it belongs, or what was probably meant."""
-    known = list(_keys(SETTINGS[command]))
-    if owners := list(dict.fromkeys(owner for name, owner in known if name == key and owner)):
-        return f"{key} belongs to {' or '.join(owners)}: give that too"
-    names = [name for name, _ in known]
-    if key in names:  # of every choice that this command has
-        return f"{key} is no key beside the other choices given: simmim.{command} may not know one of them"
-    close = difflib.get_close_matches(key.lower(), names, n=1) or [name for name in names if name.endswith(f".{key}")]
-    meant = f"did you mean {close[0]}?" if close else "see all keys with --cfg job"
-    return f"{key} is not a key of simmim.{command}: {meant}"
-
-
-def _leaves(config: dict[str, Any], section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Kind | None]]:
-    """Each key that is no section, its value, and the kind it should have: None where the section has no such key."""
-    if missing := [key for key in section if key not in config]:
-        raise ValueError(f"{prefix}{missing[0]} is missing: it cannot be left out")
-    for key, value in config.items():
-        path, kind = f"{prefix}{key}", section.get(key)
-        if isinstance(kind, Choice | Several | dict) and not isinstance(value, dict):
-            raise ValueError(f"{path}={_shown(value)}: {path} is a section, whose keys are given as {path}.<key>=…")
-        if isinstance(kind, Choice):
-            kind = _chosen(path, value, kind)
-        if isinstance(kind, Several):
-            chosen = [own for word, own in kind.options.items() if word in value]
-            if not chosen:
-                raise ValueError(f"{path} is empty: choose one of {', '.join(kind.options)}, or a list of them")
-            kind = {name: each for own in chosen for name, each in own.items()}
-        if isinstance(kind, dict) or (kind is None and isinstance(value, dict)):
-            yield from _leaves(value, kind or {}, f"{path}.")
-        else:
-            yield path, value, kind
-
-
-def _chosen(path: str, value: dict[str, Any], choice: Choice) -> Section:
-    """What is chosen; refuses where only the word was changed, without what comes with it."""
-    word = value.get(choice.key)
-    section = choice.options.get(word) if isinstance(word, str) else None
-    if section is None:
-        words = ", ".join(choice.options)
-        raise ValueError(f"{path}.{choice.key}={_shown(word)} is unknown: choose one of {words}")
-    if missing := [key for key in section if key not in value]:
-        raise ValueError(f"{path}.{missing[0]} is missing: {path}.{choice.key}={word} comes with {path}={word}")
-    return section
-
-
-def _keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """All keys; where only some choices of a section hold one, with each of these choices."""
-    for key, kind in section.items():
-        yield f"{prefix}{key}", ""
-        if isinstance(kind, Choice | Several):
-            options = kind.options
-            for choice, own in options.items():
-                for name, _ in _keys(own):
-                    everywhere = all(name in other for other in options.values())
-                    yield f"{prefix}{key}.{name}", "" if everywhere else f"{key}={choice}"
-        elif isinstance(kind, dict):
-            yield from _keys(kind, f"{prefix}{key}.")
-
-
-def _shown(value: Any) -> str:
-    """As one would type it."""
-    typed = value if isinstance(value, str) else json.dumps(value, default=str)
-    return typed.replace("NaN", "nan").replace("Infinity", "inf")

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from simmim.command import Config, image_size_of
+from simmim.config import Config, image_size_of
 from simmim.data.decoding import EIGHT_BIT
 from simmim.encoders import SIZES, Encoder, architecture_of, create_encoder
-from simmim.encoders.weights import check_architecture, check_said, load_encoder_weights, load_head, trained_windows
+from simmim.encoders.encoder_files import trained_windows
+from simmim.encoders.weights import check_architecture, check_said, load_encoder_weights, load_head
 from simmim.tasks.classification import Classification
 
 log = logging.getLogger(__name__)

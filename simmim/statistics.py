@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from simmim.command import STATISTICS, Config, command, image_size_of, save_config
+from simmim.command import command
+from simmim.config import STATISTICS, Config, image_size_of, save_config
 from simmim.data.module import create_source
 from simmim.data.moments import Moments, measure
 from simmim.embedding import list_unreadable

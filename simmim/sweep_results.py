@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from simmim.command import Config, image_size_of, read_config
+from simmim.config import Config, image_size_of, read_config
 from simmim.masking import Masking, average_distance
 from simmim.run_folder import ENCODER
 from simmim.sweep_folder import Job, read_jobs

@@ -24,7 +24,7 @@ from unittest import mock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.encoders import SIZES
 
 BLOCK = re.compile(r"(?:^ *<!-- (?P<mark>[a-z]+)(?P<why>:[^>]+)? -->\n+)?^(?P<indent> *)```(?P<kind>\w+)[^\n]*\n"

@@ -19,7 +19,7 @@ import torch
 
 import simmim.checkpoint_files
 import simmim.run_folder
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.module import ImageData
 from simmim.pretrain import pretrain
 from simmim.tasks.pretraining import Pretraining

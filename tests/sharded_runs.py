@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 
 
 class Sent(TorchDispatchMode):

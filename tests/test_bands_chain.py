@@ -11,10 +11,11 @@ import torch
 import yaml
 from PIL import Image
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.module import create_sources, fixed_batch
 from simmim.embed import embed
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.encoders.encoder_files import read_encoder_weights
+from simmim.encoders.weights import load_encoder
 from simmim.evaluate import evaluate
 from simmim.finetune import finetune
 from simmim.pictures import GREY, choose_channels, stretch

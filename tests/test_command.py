@@ -11,8 +11,10 @@ import started
 import torch
 from PIL import Image
 
-from simmim.command import EXIT_STOPPED, command, compose_config, explain
+from simmim.command import EXIT_STOPPED, command
+from simmim.config import compose_config
 from simmim.data.folder import FolderSource
+from simmim.errors import explain
 from simmim.pretrain import pretrain
 
 

@@ -10,30 +10,15 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 
-from simmim.command import compose_config, config_folder
+from simmim.config import compose_config, config_folder
 from simmim.encoders import create_encoder
 from simmim.length import run_length
 from simmim.masking import Masking
 from simmim.pretrain import build
+from simmim.settings import SETTINGS
 from simmim.training.schedule import lr_factor
 
 GROUPS = ("data", "experiment", "logger", "model", "stage", "sweep", "trainer")
-COMMANDS = (
-    "benchmark",
-    "consolidate",
-    "diagnose",
-    "embed",
-    "evaluate",
-    "export",
-    "finetune",
-    "inspect",
-    "plan",
-    "prepare",
-    "pretrain",
-    "reconstruct",
-    "report",
-    "statistics",
-)
 SPECIAL = {  # ranges of a sweep for a model, and what Hydra's own groups get
     *(f"sweep/mask/{model}.yaml" for model in ("swinv2_mini", "vit_s", "vit_b", "vit_l")),
     *(
@@ -169,11 +154,11 @@ def test_launchers_compose_with_sweeps(launcher, plugin, settings):
 
 def test_every_yaml_is_a_command_or_a_choice():
     files = {str(p.relative_to(config_folder())) for p in config_folder().rglob("*.yaml")}
-    known = {f"{group}/{choice}.yaml" for group, choice in CHOICES} | {f"{c}.yaml" for c in (*COMMANDS, "run")}
+    known = {f"{group}/{choice}.yaml" for group, choice in CHOICES} | {f"{c}.yaml" for c in (*SETTINGS, "run")}
     assert files == known | SPECIAL
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", SETTINGS)
 def test_every_command_composes_with_its_run_folder(command):
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose(command, overrides=["name=mine"], return_hydra_config=True)

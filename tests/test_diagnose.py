@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.module import collate
 from simmim.diagnose import diagnose
 from simmim.finetune import finetune

@@ -16,10 +16,11 @@ import torch
 from documented import run_page
 from PIL import Image
 
-from simmim.command import config_folder
+from simmim.config import config_folder
+from simmim.config_check import keys_of
 from simmim.encoders import create_encoder
 from simmim.encoders.names import to_official
-from simmim.settings import SETTINGS, _keys
+from simmim.settings import SETTINGS
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -182,7 +183,7 @@ def test_the_pages_say_what_there_is():
 
 def test_settings_that_the_pages_name_are_settings():
     """Words as `data.cache=ram` in the text: a key that is renamed must not live on in the pages."""
-    known = {key for section in SETTINGS.values() for key, _ in _keys(section)}
+    known = {key for section in SETTINGS.values() for key, _ in keys_of(section)}
     for page in PAGES:
         for key in re.findall(r"`([a-z_]+\.[a-z_.]+)=[^`]*`", page.read_text()):
             assert key in known, f"{page.name}: {key}"

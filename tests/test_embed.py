@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 
 from simmim import embed as module
 from simmim import embedding
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.folder import FolderSource
 from simmim.data.transforms import centre_transform
 from simmim.embed import embed
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import load_encoder, load_encoder_weights, read_encoder_weights, save_encoder
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder
+from simmim.encoders.weights import load_encoder, load_encoder_weights
 from simmim.feature_files import part_path, read_part, write_part
 from simmim.stages import fill_in, open_encoder
 

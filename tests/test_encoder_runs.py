@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from simmim.command import compose_config
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.config import compose_config
+from simmim.encoders.encoder_files import read_encoder_weights
+from simmim.encoders.weights import load_encoder
 from simmim.evaluate import evaluate
 from simmim.export import export
 from simmim.exporting import FORMATS

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.decoding import decode
 from simmim.data.transforms import centre_transform
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.encoders.encoder_files import read_encoder_weights
+from simmim.encoders.weights import load_encoder
 from simmim.evaluate import evaluate
 from simmim.finetune import finetune
 from simmim.pretrain import pretrain

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.folder import FolderSource
 from simmim.data.labels import take_fraction
 from simmim.data.transforms import centre_transform
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import load_encoder, read_encoder_weights, save_encoder
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder
+from simmim.encoders.weights import load_encoder
 from simmim.evaluate import evaluate
 from simmim.finetune import finetune
 from simmim.probes import linear_probe

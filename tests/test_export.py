@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from simmim import exporting
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import load_encoder, read_encoder_weights, save_encoder
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder
+from simmim.encoders.weights import load_encoder
 from simmim.export import export
 from simmim.finetune import finetune
 from simmim.pretrain import pretrain

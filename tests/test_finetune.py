@@ -17,9 +17,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import simmim
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.encoders.encoder_files import read_encoder_weights
+from simmim.encoders.weights import load_encoder
 from simmim.evaluate import evaluate
 from simmim.finetune import build, finetune
 from simmim.pretrain import pretrain

@@ -17,10 +17,11 @@ from PIL import Image
 import simmim.evaluate
 import simmim.finetune
 from simmim.benchmark import work_of
-from simmim.command import USER_ERRORS, compose_config, explain, image_size_of
+from simmim.config import compose_config, image_size_of
 from simmim.data.synthetic import SyntheticSource
 from simmim.encoders import create_encoder
-from simmim.encoders.weights import read_encoder_weights, save_encoder
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder
+from simmim.errors import USER_ERRORS, explain
 from simmim.pretrain import build
 from simmim.run import create_trainer
 from simmim.stages import fill_in, load_classifier

@@ -8,10 +8,10 @@ import pytest
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.encoders import create_encoder
+from simmim.encoders.encoder_files import save_encoder
 from simmim.encoders.names import to_official
-from simmim.encoders.weights import save_encoder
 from simmim.inspect import command, inspect
 from simmim.pretrain import pretrain
 

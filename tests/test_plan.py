@@ -9,7 +9,7 @@ import started
 import torch
 
 from simmim import plan as module
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.cost import cost_of
 from simmim.encoders import create_encoder
 from simmim.measuring.tables import write_table

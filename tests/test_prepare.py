@@ -10,7 +10,7 @@ import pytest
 import started
 from PIL import Image
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.folder import FolderSource
 from simmim.data.shards import ShardSource, write_shard
 from simmim.prepare import prepare

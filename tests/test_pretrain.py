@@ -10,9 +10,10 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from simmim.command import compose_config
+from simmim.config import compose_config
+from simmim.encoders.encoder_files import read_encoder_weights
 from simmim.encoders.table_resizing import move_table
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.encoders.weights import load_encoder
 from simmim.length import run_length
 from simmim.pretrain import build, pretrain
 from simmim.run_folder import list_checkpoints

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from simmim.checkpoint_files import load
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.synthetic import SyntheticSource
 from simmim.encoders.weights import load_encoder
 from simmim.pretrain import pretrain

@@ -15,8 +15,10 @@ import pytest
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-import simmim.command
-from simmim.command import check_devices, command, compose_config
+import simmim.devices
+from simmim.command import command
+from simmim.config import compose_config
+from simmim.devices import check_devices
 from simmim.processes import cluster_environments, run_apart, started_outside
 
 CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
@@ -85,7 +87,7 @@ def test_other_numbers_than_were_started_are_one_line(slurm, variables, words):
 
 
 def test_gpus_that_slurm_hides_are_told_of(slurm, monkeypatch):
-    monkeypatch.setattr(simmim.command, "on_gpu", lambda config: True)
+    monkeypatch.setattr(simmim.devices, "on_gpu", lambda config: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"finds 1 GPUs here: .*--gpus-per-node, not --gpus-per-task"):
         check_devices(config_of(*TWO, "trainer.num_nodes=2"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from documented import blocks, composed, simmim_words, smaller, type_in
 
-from simmim.command import save_config
+from simmim.config import save_config
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import Swinv2Config, Swinv2ForMaskedImageModeling
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.masking import expand_mask
 from simmim.pictures import GREY
 from simmim.pretrain import pretrain

@@ -14,7 +14,9 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from simmim.command import command, compose_config, config_folder, explain
+from simmim.command import command
+from simmim.config import compose_config, config_folder
+from simmim.errors import explain
 from simmim.finetune import finetune
 from simmim.masking import Masking
 from simmim.pretrain import pretrain

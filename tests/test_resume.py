@@ -9,15 +9,16 @@ import started
 import torch
 
 from simmim.checkpoint_files import load
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.pretrain import pretrain
 from simmim.run_folder import list_checkpoints
 
 RUNS = Path(__file__).parent / "killed_runs.py"
 SETTINGS = (
-    "trainer.max_steps=48", "trainer.max_epochs=12", "trainer.accumulate_grad_batches=2", "data.batch_size=4",
+    "trainer.max_epochs=12", "trainer.accumulate_grad_batches=2", "data.batch_size=4",
     "checkpoint.every_n_steps=2", "pictures=1", "data.val_images=2", "model.drop_path=0.3", "optimizer.ema_decay=0.9",
 )  # fmt: skip
+SHORT = "trainer.max_steps=12"
 SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
            "data.batch_size=2")  # fmt: skip
 
@@ -51,7 +52,11 @@ def assert_same_run(folder, other):
 
 @pytest.mark.parametrize(
     ("processes", "overrides", "kills"),  # of each kind one at least
-    [(1, ("data.num_workers=0",), 20), (1, ("data.num_workers=2",), 8), (2, SHARDED, 8)],
+    [
+        (1, ("trainer.max_steps=48", "data.num_workers=0"), 20),
+        (1, ("trainer.max_steps=30", "data.num_workers=2"), 8),
+        (2, ("trainer.max_steps=30", *SHARDED), 8),
+    ],
     ids=["no workers", "two workers", "two processes"],
 )
 def test_a_run_killed_many_times_ends_as_if_it_never_was(tmp_path, processes, overrides, kills):
@@ -71,13 +76,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, finished_runs, ki
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content[: len(content) // 2] if change == "cut" else content)
-    overrides = ["experiment=debug", *SETTINGS, "resume=auto"]
+    overrides = ["experiment=debug", *SETTINGS, SHORT, "resume=auto"]
     pretrain(compose_config("pretrain", overrides, output_dir=run))
     assert f"{newest.name} is" in caplog.text and "passed over" in caplog.text
     assert (run / "checkpoints" / f"{newest.name}.damaged").exists()
     if kind == "file":
         assert_same_run(run, other)
-    assert [row["step"] for row in rows(run) if row["train_loss"]] == [str(step) for step in range(1, 49)]
+    assert [row["step"] for row in rows(run) if row["train_loss"]] == [str(step) for step in range(1, 13)]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,7 @@ def finished_runs(tmp_path_factory):
     def copy(kind, to):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind) / "run"
-            train(made[kind], *(SHARDED if kind == "folder" else ()), processes=1 + (kind == "folder"))
+            train(made[kind], SHORT, *(SHARDED if kind == "folder" else ()), processes=1 + (kind == "folder"))
         return Path(shutil.copytree(made[kind], to))
 
     return copy
@@ -99,4 +104,4 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path,
     for checkpoint in list_checkpoints(run):
         checkpoint.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no checkpoint there is whole"):
-        pretrain(compose_config("pretrain", ["experiment=debug", *SETTINGS, "resume=auto"], output_dir=run))
+        pretrain(compose_config("pretrain", ["experiment=debug", *SETTINGS, SHORT, "resume=auto"], output_dir=run))

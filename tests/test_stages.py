@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
-from simmim.command import compose_config, image_size_of
+from simmim.config import compose_config, image_size_of
 from simmim.data.decoding import decode
 from simmim.data.transforms import centre_transform
 from simmim.embed import embed
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.encoders.encoder_files import read_encoder_weights
+from simmim.encoders.weights import load_encoder
 from simmim.evaluate import evaluate
 from simmim.finetune import build
 from simmim.pretrain import pretrain

@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.embed import embed
+from simmim.encoders.encoder_files import read_encoder_weights
 from simmim.encoders.table_resizing import move_table
-from simmim.encoders.weights import load_encoder, load_encoder_weights, read_encoder_weights
+from simmim.encoders.weights import load_encoder, load_encoder_weights
 from simmim.evaluate import evaluate
 from simmim.export import export
 from simmim.finetune import finetune

@@ -77,7 +77,7 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
         file: Where it lies, for a `config.json` beside it and for messages.
 
     Returns:
-        As `simmim.encoders.weights.read_encoder_weights`.
+        As `simmim.encoders.encoder_files.read_encoder_weights`.
 
     Raises:
         ValueError: If it holds no Swin Transformer, or one that our encoder is not.

@@ -46,7 +46,7 @@ def read_vision_transformer(state: State) -> tuple[dict[str, Tensor], dict[str, 
         state: For which `is_vision_transformer` holds.
 
     Returns:
-        As `simmim.encoders.weights.read_encoder_weights`.
+        As `simmim.encoders.encoder_files.read_encoder_weights`.
 
     Raises:
         ValueError: If a name is unknown, or the tensors are not those of one encoder.

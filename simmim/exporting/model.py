@@ -17,18 +17,18 @@ from torch import Tensor
 from simmim.checkpoint_files import load, load_rest
 from simmim.encoders import Encoder
 from simmim.encoders.attention_weights import TABLE
+from simmim.encoders.encoder_files import (
+    CHECKPOINT_PREFIXES,
+    HEAD,
+    find_encoder_file,
+    read_encoder_weights,
+    trained_windows,
+)
 from simmim.encoders.swin import V1
 from simmim.encoders.swinv2 import V2
 from simmim.encoders.table_resizing import middle_of
 from simmim.encoders.tensor_files import is_safetensors
-from simmim.encoders.weights import (
-    CHECKPOINT_PREFIXES,
-    HEAD,
-    find_encoder_file,
-    load_encoder,
-    read_encoder_weights,
-    trained_windows,
-)
+from simmim.encoders.weights import load_encoder
 from simmim.masking import expand_mask
 from simmim.run_folder import list_checkpoints, shown
 from simmim.training.checkpoint import newest_checkpoint

@@ -92,26 +92,14 @@ def readers(model: Model, path: Path) -> Mapping[str, Reader]:
 
 def usage(model: Model, path: str) -> str:
     """What the card says."""
-    if isinstance(model.encoder, VisionTransformer):
-        return official_vit.usage(model, path)
-    windows = f"\n    PRETRAINED_WINDOW_SIZES: [{', '.join(map(str, model.windows))}]" if model.version == 2 else ""
-    kind = "swinv2" if model.version == 2 else "swin"
+    vision_transformer = isinstance(model.encoder, VisionTransformer)
+    settings = official_vit.settings(model) if vision_transformer else _settings(model)
+    projects = "SimMIM" if vision_transformer else "Swin-Transformer, SimMIM"
     return f"""\
-The authors' code (Swin-Transformer, SimMIM) takes the file as `--pretrained {path}`, with
+The authors' code ({projects}) takes the file as `--pretrained {path}`, with
 
 ```yaml
-DATA:
-  IMG_SIZE: {model.image_size[0]}
-MODEL:
-  TYPE: {kind}
-  NUM_CLASSES: {len(model.classes or [])}
-  {kind.upper()}:
-    PATCH_SIZE: {model.config["patch_size"]}
-    IN_CHANS: {model.config["in_channels"]}
-    EMBED_DIM: {model.config["embed_dim"]}
-    DEPTHS: {model.config["depths"]}
-    NUM_HEADS: {model.config["num_heads"]}
-    WINDOW_SIZE: {model.encoder.window_size}{windows}
+{settings}
 ```
 
 What it holds:
@@ -123,6 +111,24 @@ state = torch.load({path!r}, weights_only=True)["model"]
 shapes = {{name: tuple(value.shape) for name, value in state.items()}}
 ```
 """
+
+
+def _settings(model: Model) -> str:
+    windows = f"\n    PRETRAINED_WINDOW_SIZES: [{', '.join(map(str, model.windows))}]" if model.version == 2 else ""
+    kind = "swinv2" if model.version == 2 else "swin"
+    return f"""\
+DATA:
+  IMG_SIZE: {model.image_size[0]}
+MODEL:
+  TYPE: {kind}
+  NUM_CLASSES: {len(model.classes or [])}
+  {kind.upper()}:
+    PATCH_SIZE: {model.config["patch_size"]}
+    IN_CHANS: {model.config["in_channels"]}
+    EMBED_DIM: {model.config["embed_dim"]}
+    DEPTHS: {model.config["depths"]}
+    NUM_HEADS: {model.config["num_heads"]}
+    WINDOW_SIZE: {model.encoder.window_size}{windows}"""
 
 
 OFFICIAL = Format(

@@ -75,13 +75,10 @@ def readers(model: Model, path: Path) -> Mapping[str, Reader]:
     return {"timm": outputs}
 
 
-def usage(model: Model, path: str) -> str:
-    """What the card says."""
+def settings(model: Model) -> str:
+    """What the authors' code wants to be told, as YAML."""
     config, shared = model.config, model.config["position_bias"] == "shared_table"
     return f"""\
-The authors' code (SimMIM) takes the file as `--pretrained {path}`, with
-
-```yaml
 DATA:
   IMG_SIZE: {model.image_size[0]}
 MODEL:
@@ -97,15 +94,4 @@ MODEL:
     USE_APE: False
     USE_RPB: {not shared}
     USE_SHARED_RPB: {shared}
-    USE_MEAN_POOLING: {model.head is not None}
-```
-
-What it holds:
-
-```python
-import torch
-
-state = torch.load({path!r}, weights_only=True)["model"]
-shapes = {{name: tuple(value.shape) for name, value in state.items()}}
-```
-"""
+    USE_MEAN_POOLING: {model.head is not None}"""

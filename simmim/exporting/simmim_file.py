@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from simmim.encoders.weights import load_encoder, read_encoder_weights, save_encoder
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder
+from simmim.encoders.weights import load_encoder
 from simmim.exporting.format import Format, Reader
 from simmim.exporting.model import Model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simmim.encoders.weights import read_encoder_weights, trained_windows
+from simmim.encoders.encoder_files import read_encoder_weights, trained_windows
 from simmim.exporting.format import Format
 from simmim.exporting.model import Model, Outputs
 from simmim.exporting.silence import silence

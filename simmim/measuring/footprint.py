@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from simmim.encoders import create_encoder
-from simmim.encoders.attention import IN_TURNS, penalties, resolve_implementation
+from simmim.encoders.attention import resolve_implementation
+from simmim.encoders.sequential_attention import IN_TURNS
+from simmim.encoders.windows import penalties
 from simmim.tasks.pretraining import MaskedImageModel
 from simmim.training.optimizer import create_optimizer
 

@@ -8,19 +8,23 @@ import zipfile
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.folder import FolderSource
 from simmim.data.shards import PreparedImage, shard_path, write_index, write_shard
 
 
-def tar(path, members):
-    """An archive, compressed as its name says, of (name, content)."""
+def tar(path, members, links=()):
+    """An archive, compressed as its name says, of (name, content) and of links."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
+        for name, kind in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
     return path
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.pretrain import pretrain
 from simmim.training.callbacks import UnreadableImages
 

@@ -12,7 +12,7 @@ import torch
 from hydra.errors import HydraException
 from layouts import LAYOUTS, Layouts, rows, rows_of_paths, settings, tar, zipped
 
-from simmim.command import compose_config, explain
+from simmim.config import compose_config
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import InMemory
 from simmim.data.folder import FolderSource
@@ -22,6 +22,7 @@ from simmim.data.shards import ShardSource
 from simmim.data.sources import open_files, open_shards
 from simmim.data.tar import TarSource
 from simmim.data.transforms import centre_transform, pretraining_transform
+from simmim.errors import explain
 from simmim.masking import Masking
 from simmim.prepare import prepare
 from simmim.training.callbacks import UnreadableImages

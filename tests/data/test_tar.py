@@ -16,38 +16,24 @@ import numpy as np
 import pytest
 import started
 import torch
+from layouts import tar
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from simmim.command import compose_config
-from simmim.data import patterns, tar
+from simmim.config import compose_config
+from simmim.config_check import check_settings
+from simmim.data import patterns
 from simmim.data.decoding import UnreadableImage
 from simmim.data.files import InMemory
 from simmim.data.folder import split_by_hash
 from simmim.data.module import create_sources
 from simmim.data.tar import TarSource
-from simmim.settings import check_settings
 
 
 def picture(number, kind="JPEG"):
     file = io.BytesIO()
     Image.new("RGB", (20 + number, 10), (number % 256, 0, 90)).save(file, kind)
     return file.getvalue()
-
-
-def pack(path, members, links=()):
-    """An archive, compressed as its name says, of (name, content) and of links."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        for name, kind in links:
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "/etc/passwd"
-            archive.addfile(member)
-    return path
 
 
 def labelled(numbers):
@@ -72,7 +58,7 @@ def ending(request):
 
 def test_images_and_labels_are_those_of_the_archive(tmp_path, ending):
     members = [*labelled(range(4)), ("a/b.c/5.PNG", picture(5, "PNG")), ("a/b.c/5.cls", b" 11\n")]
-    path = pack(tmp_path / f"train-0{ending}", members)
+    path = tar(tmp_path / f"train-0{ending}", members)
     source = TarSource(path)
     assert names(source) == [f"{path.name}:{name}" for name in [f"000{n}.jpg" for n in range(4)] + ["a/b.c/5.PNG"]]
     assert source.classes == [str(number) for number in range(12)]
@@ -91,7 +77,7 @@ def test_images_and_labels_are_those_of_the_archive(tmp_path, ending):
 def test_only_images_of_their_own_count(tmp_path, ending):
     """WebDataset splits a name at its first dot: KEY.mask.png is another part of the sample."""
     others = ["2.mask.png", "._2.jpg", ".jpg", "2.txt", "__meta__", "d/._2.jpg", ".d/2.jpg"]
-    pack(tmp_path / f"a{ending}", [("2.jpg", picture(2)), *[(name, picture(9)) for name in others]])
+    tar(tmp_path / f"a{ending}", [("2.jpg", picture(2)), *[(name, picture(9)) for name in others]])
     source = TarSource(tmp_path)
     assert names(source) == [f"a{ending}:2.jpg"]
     assert (source.classes, source.load(0)[1]) == ([], -1)
@@ -99,9 +85,7 @@ def test_only_images_of_their_own_count(tmp_path, ending):
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.BLKTYPE, tarfile.CHRTYPE])
 def test_links_and_devices_are_not_followed(tmp_path, ending, kind):
-    path = pack(
-        tmp_path / f"a{ending}", [("1.jpg", picture(1))], [("2.jpg", kind), ("../3.jpg", kind), ("1.cls", kind)]
-    )
+    path = tar(tmp_path / f"a{ending}", [("1.jpg", picture(1))], [("2.jpg", kind), ("../3.jpg", kind), ("1.cls", kind)])
     source = TarSource(path)
     assert (names(source), source.classes) == ([f"a{ending}:1.jpg"], [])
     assert sorted(tmp_path.iterdir()) == [path]
@@ -109,7 +93,7 @@ def test_links_and_devices_are_not_followed(tmp_path, ending, kind):
 
 def test_names_of_any_length_and_bytes(tmp_path, ending):
     long = ["x" * 90 + "/" + "y" * 150 + "/ü.jpg", "\udcff.jpg"]
-    pack(tmp_path / f"a{ending}", [(name, picture(n)) for n, name in enumerate(long)])
+    tar(tmp_path / f"a{ending}", [(name, picture(n)) for n, name in enumerate(long)])
     source = TarSource(tmp_path)
     assert names(source) == [f"a{ending}:{name}" for name in long]
     assert source.read(1) == picture(1)
@@ -134,7 +118,7 @@ def test_names_of_any_length_and_bytes(tmp_path, ending):
 def test_a_folder_an_archive_a_glob_and_braces(tmp_path, monkeypatch, pattern, numbers):
     folder = tmp_path / "w"
     for number, suffix in ((0, ".tar"), (1, ".tar"), (2, ".tgz"), (10, ".tar.gz")):
-        pack(folder / f"t-{number:03d}{suffix}", [(f"{number}.jpg", picture(number))])
+        tar(folder / f"t-{number:03d}{suffix}", [(f"{number}.jpg", picture(number))])
     (folder / "t-000.txt").write_text("no archive")
     (folder / ".t-9.tar").write_text("hidden")
     monkeypatch.chdir(folder)
@@ -159,7 +143,7 @@ def test_ranges_are_those_of_a_shell():
 
 
 def test_roots_without_archives_are_one_line(tmp_path):
-    pack(tmp_path / "t-0.tar", labelled([1]))
+    tar(tmp_path / "t-0.tar", labelled([1]))
     assert "does not exist" in refusal(tmp_path / "t-1.tar")
     line = refusal(tmp_path / "t-{0..1}.tar")
     assert f"{{0..1}}.tar: {tmp_path}/t-1.tar does not exist" in line
@@ -181,7 +165,7 @@ def test_json_labels(tmp_path, ending):
     members = [
         pair for n, r in enumerate(records) for pair in ((f"{n}.json", json.dumps(r).encode()), (f"{n}.jpg", b"?"))
     ]
-    pack(tmp_path / f"a{ending}", [*members, ("3.jpg", b"?"), ("3.json", b'{"label": 9}'), ("3.cls", b"0")])
+    tar(tmp_path / f"a{ending}", [*members, ("3.jpg", b"?"), ("3.json", b'{"label": 9}'), ("3.cls", b"0")])
     source = TarSource(tmp_path)
     assert [source.label(index) for index in range(4)] == [2, 0, 1, 0]
     assert source.classes == ["0", "1", "2"]
@@ -189,7 +173,7 @@ def test_json_labels(tmp_path, ending):
 
 def test_json_without_a_label_labels_nothing(tmp_path):
     contents = [b'{"label": true}', b'{"label": 1.5}', b"{}", b"[1]", b'"label"', b"3"]
-    pack(tmp_path / "a.tar", [p for n, c in enumerate(contents) for p in ((f"{n}.jpg", b"?"), (f"{n}.json", c))])
+    tar(tmp_path / "a.tar", [p for n, c in enumerate(contents) for p in ((f"{n}.jpg", b"?"), (f"{n}.json", c))])
     assert TarSource(tmp_path).classes == []
 
 
@@ -210,30 +194,30 @@ def test_json_without_a_label_labels_nothing(tmp_path):
     ],
 )
 def test_labels_that_are_none_are_named(tmp_path, name, content, words):
-    pack(tmp_path / "a.tar", [("1.jpg", picture(1)), (name, content)])
+    tar(tmp_path / "a.tar", [("1.jpg", picture(1)), (name, content)])
     assert words in refusal(tmp_path)
 
 
 def test_all_images_have_a_label_or_none(tmp_path, ending):
-    pack(tmp_path / f"a{ending}", labelled([1, 2]))
-    pack(tmp_path / f"b{ending}", [*labelled([3]), ("9.jpg", picture(9)), ("8.cls", b"8")])
+    tar(tmp_path / f"a{ending}", labelled([1, 2]))
+    tar(tmp_path / f"b{ending}", [*labelled([3]), ("9.jpg", picture(9)), ("8.cls", b"8")])
     line = refusal(tmp_path)
     assert f"b{ending}:9.jpg has no label" in line and f"a{ending}:0001.jpg has one; 1 of 4 images" in line
 
 
 def test_archives_without_images_and_with_one_twice(tmp_path, ending):
-    pack(tmp_path / f"a{ending}", labelled([1]))
-    path = pack(tmp_path / f"b{ending}", [("1.cls", b"1"), ("img.0001.jpg", picture(1))])
+    tar(tmp_path / f"a{ending}", labelled([1]))
+    path = tar(tmp_path / f"b{ending}", [("1.cls", b"1"), ("img.0001.jpg", picture(1))])
     assert f"data.root: {path} holds no image: WebDataset calls them KEY.jpg" in refusal(tmp_path)
-    pack(path, [])
+    tar(path, [])
     assert f"data.root: {path} holds no image" in refusal(tmp_path)
-    pack(path, labelled([1, 2, 1]))
+    tar(path, labelled([1, 2, 1]))
     assert f"{path} holds 0001.jpg twice" in refusal(tmp_path)
 
 
 def test_what_is_cut_or_damaged_is_one_line(tmp_path, ending):
     """Wherever it is cut: tarfile itself takes a cut between two members, or a damaged header, for the end."""
-    path = pack(tmp_path / f"a{ending}", labelled(range(6)))
+    path = tar(tmp_path / f"a{ending}", labelled(range(6)))
     whole = path.read_bytes()
     unpacked = gzip.decompress(whole) if ending == ".tar.gz" else whole
     end = len(unpacked.rstrip(b"\0"))
@@ -252,7 +236,7 @@ def test_what_is_cut_or_damaged_is_one_line(tmp_path, ending):
 
 
 def test_a_damaged_gz_is_one_line_wherever_the_damage_is(tmp_path):
-    path = pack(tmp_path / "a.tar.gz", labelled(range(6)))
+    path = tar(tmp_path / "a.tar.gz", labelled(range(6)))
     whole = path.read_bytes()
     for at in [*range(20, len(whole) - 8, 7), len(whole) - 8, len(whole) - 5]:  # the last are the checksum
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
@@ -263,7 +247,7 @@ def test_a_damaged_gz_is_one_line_wherever_the_damage_is(tmp_path):
 
 def test_damage_far_from_a_header_is_one_line(tmp_path):
     noise = np.random.default_rng(0).bytes(2**20)
-    path = pack(tmp_path / "a.tar.gz", [("1.jpg", bytes(2**22) + noise)])
+    path = tar(tmp_path / "a.tar.gz", [("1.jpg", bytes(2**22) + noise)])
     whole = path.read_bytes()
     for at in range(len(whole) - 2**20, len(whole), 2**17):
         path.write_bytes(whole[:at] + b"\xff" * 2000 + whole[at + 2000 :])
@@ -272,11 +256,11 @@ def test_damage_far_from_a_header_is_one_line(tmp_path):
 
 def test_sparse_files_and_sizes_below_zero_are_refused(tmp_path):
     """The one lies in pieces; the other leads back to its own header, for ever."""
-    pack(tmp_path / "a.tar", labelled([1]), [("2.jpg", tarfile.GNUTYPE_SPARSE)])
+    tar(tmp_path / "a.tar", labelled([1]), [("2.jpg", tarfile.GNUTYPE_SPARSE)])
     assert "2.jpg is stored as a sparse file" in refusal(tmp_path)
     member = tarfile.TarInfo("2.jpg")
     member.size = -512
-    whole = pack(tmp_path / "a.tar", labelled([1])).read_bytes().rstrip(b"\0")
+    whole = tar(tmp_path / "a.tar", labelled([1])).read_bytes().rstrip(b"\0")
     padded = whole + bytes(-len(whole) % 512)
     (tmp_path / "a.tar").write_bytes(padded + member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     assert "damaged header" in refusal(tmp_path)
@@ -284,7 +268,7 @@ def test_sparse_files_and_sizes_below_zero_are_refused(tmp_path):
 
 def test_random_damage_raises_nothing_else(tmp_path):
     drawn = random.Random(0)
-    whole = pack(
+    whole = tar(
         tmp_path / "a.tar", [("x" * 200 + ".jpg", picture(1)), ("x" * 200 + ".cls", b"1"), *labelled(range(2))]
     ).read_bytes()
     headers = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
@@ -306,21 +290,21 @@ def test_random_damage_raises_nothing_else(tmp_path):
 
 
 def test_a_compressed_archive_that_does_not_fit_is_refused_while_reading(tmp_path, monkeypatch):
-    pack(tmp_path / "a.tar.gz", labelled(range(6)))
-    monkeypatch.setattr(tar, "free_memory", lambda: 3 * len(picture(1)))
+    tar(tmp_path / "a.tar.gz", labelled(range(6)))
+    monkeypatch.setattr("simmim.data.tar.free_memory", lambda: 3 * len(picture(1)))
     line = refusal(tmp_path)
     assert "a.tar.gz:0003.jpg: compressed archives are held in memory" in line and "gunzip the archives" in line
     subprocess.run(["gunzip", tmp_path / "a.tar.gz"], check=True)
     assert len(TarSource(tmp_path)) == 6
-    monkeypatch.setattr(tar, "free_memory", lambda: None)
-    pack(tmp_path / "b.tar.gz", labelled(range(6)))
+    monkeypatch.setattr("simmim.data.tar.free_memory", lambda: None)
+    tar(tmp_path / "b.tar.gz", labelled(range(6)))
     assert len(TarSource(tmp_path)) == 12
 
 
 def test_bytes_tell_what_is_compressed(tmp_path):
-    packed = pack(tmp_path / "a.tar.gz", labelled([1])).rename(tmp_path / "a.tar")
+    packed = tar(tmp_path / "a.tar.gz", labelled([1])).rename(tmp_path / "a.tar")
     assert TarSource(packed).in_memory
-    plain = pack(tmp_path / "b.tar", labelled([2])).rename(tmp_path / "b.tar.gz")
+    plain = tar(tmp_path / "b.tar", labelled([2])).rename(tmp_path / "b.tar.gz")
     assert not TarSource(plain).in_memory
     assert [TarSource(tmp_path).read(index) for index in range(2)] == [picture(1), picture(2)]
 
@@ -338,8 +322,8 @@ class Images(torch.utils.data.Dataset):
 
 
 def test_loader_processes_read_in_parallel(tmp_path):
-    pack(tmp_path / "a.tar", labelled(range(20)))
-    pack(tmp_path / "b.tar.gz", labelled(range(20, 40)))
+    tar(tmp_path / "a.tar", labelled(range(20)))
+    tar(tmp_path / "b.tar.gz", labelled(range(20, 40)))
     source = TarSource(tmp_path)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     loader = DataLoader(Images(source), batch_size=None, sampler=order, num_workers=2)
@@ -351,7 +335,7 @@ def test_loader_processes_read_in_parallel(tmp_path):
 
 def test_the_images_in_memory_are_shared_and_not_sent(tmp_path):
     noise = np.random.default_rng(0).bytes(2**21)
-    pack(tmp_path / "a.tar.gz", [("1.jpg", noise)])
+    tar(tmp_path / "a.tar.gz", [("1.jpg", noise)])
     source = TarSource(tmp_path)
     buffer = io.BytesIO()
     ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(source)
@@ -361,7 +345,7 @@ def test_the_images_in_memory_are_shared_and_not_sent(tmp_path):
 
 def test_the_validation_part_stays_however_the_archives_are_given(tmp_path):
     for shard in range(3):
-        pack(tmp_path / f"t-{shard}.tar", labelled(range(40 * shard, 40 * shard + 40)))
+        tar(tmp_path / f"t-{shard}.tar", labelled(range(40 * shard, 40 * shard + 40)))
     whole = [set(names(side)) for side in split_by_hash(TarSource(tmp_path), 0.2)]
     part = [set(names(side)) for side in split_by_hash(TarSource(tmp_path / "t-{0..1}.tar"), 0.2)]
     assert 10 < len(whole[1]) < 40 and not whole[0] & whole[1]
@@ -376,8 +360,8 @@ def settings(root, **changes):
 
 
 def test_the_config_chooses_it_and_memory_is_not_taken_twice(tmp_path):
-    pack(tmp_path / "a.tar.gz", labelled(range(20)))
-    pack(tmp_path / "b.tar", labelled(range(20)))
+    tar(tmp_path / "a.tar.gz", labelled(range(20)))
+    tar(tmp_path / "b.tar", labelled(range(20)))
     train, validation = create_sources(settings(f"{tmp_path}/{{a.tar.gz,b.tar}}", val_fraction=0.3), (32, 32))
     assert isinstance(train, TarSource) and len(train) + len(validation) == 40
     train, validation = create_sources(
@@ -390,8 +374,8 @@ def test_the_config_chooses_it_and_memory_is_not_taken_twice(tmp_path):
 
 
 def test_an_archive_that_goes_while_training(tmp_path):
-    pack(tmp_path / "w" / "a.tar", [("1.jpg", picture(1)), ("2.jpg", b"no image")])
-    pack(tmp_path / "w" / "b.tar.gz", [("3.jpg", b"no image")])
+    tar(tmp_path / "w" / "a.tar", [("1.jpg", picture(1)), ("2.jpg", b"no image")])
+    tar(tmp_path / "w" / "b.tar.gz", [("3.jpg", b"no image")])
     plain, packed = TarSource(tmp_path / "w" / "a.tar"), TarSource(tmp_path / "w" / "b.tar.gz")
     with pytest.raises(UnreadableImage, match="not an image"):
         plain.load(1)
@@ -432,8 +416,8 @@ def test_tiny_imagenet_is_what_tarfile_reads(shared_data):
 
 def test_a_run_as_one_types_it(tmp_path):
     for shard in range(2):
-        pack(tmp_path / f"t-{shard:03d}.tar{'.gz' * shard}", labelled(range(20 * shard, 20 * shard + 20)))
-    pack(tmp_path / "val.tar", labelled(range(8)))
+        tar(tmp_path / f"t-{shard:03d}.tar{'.gz' * shard}", labelled(range(20 * shard, 20 * shard + 20)))
+    tar(tmp_path / "val.tar", labelled(range(8)))
     done = started.run(
         "-m", "simmim.pretrain", "experiment=debug", "data=shards", "name=mine",
         "data.root='t-{000.tar,001.tar.gz}'", "data.val_root=val.tar", "data.num_workers=2", "trainer.max_steps=3",

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmim.encoders import attention
+from simmim.encoders import attention, sequential_attention
 from simmim.encoders.attention import (
     IMPLEMENTATIONS,
-    MAX_LOG_SCALE,
     highest_weights,
     resolve_implementation,
     window_attention,
 )
+from simmim.encoders.similarity import MAX_LOG_SCALE
 from simmim.encoders.windows import Geometry, Windows, regions
 
 CPU = torch.device("cpu")
@@ -156,7 +156,7 @@ def test_turns_of_any_length_give_the_same(logits: int, monkeypatch: pytest.Monk
     """A query at a time, a part of a window, a window, several windows of a head, several heads."""
     shape = SHAPES["shifted"]
     expected = results("reference", shape, inputs(shape))
-    monkeypatch.setattr(attention, "LOGITS_AT_A_TIME", logits)
+    monkeypatch.setattr(sequential_attention, "LOGITS_AT_A_TIME", logits)
     assert_same(results("sequential", shape, inputs(shape)), expected, out=1e-5, gradients=1e-3)
 
 
@@ -166,7 +166,9 @@ def test_sequential_is_a_whole_operator(cosine: bool) -> None:
     shape = SHAPES["shifted"]
     values = inputs(shape, torch.float64)
     arguments = (values["qkv"], values["log_scale"].detach().flatten().exp().double(), values["table"].double())
-    torch.library.opcheck(attention._sequential, (*arguments, regions(shape, CPU), list(shape.window), cosine))
+    torch.library.opcheck(
+        sequential_attention._sequential, (*arguments, regions(shape, CPU), list(shape.window), cosine)
+    )
 
 
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])

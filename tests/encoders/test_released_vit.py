@@ -9,8 +9,9 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor
 
+from simmim.encoders.encoder_files import read_encoder_weights
 from simmim.encoders.released_vit import to_simmim
-from simmim.encoders.weights import load_encoder, load_encoder_weights, read_encoder_weights
+from simmim.encoders.weights import load_encoder, load_encoder_weights
 from simmim.reconstruct import load_pretraining
 
 SHAPE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3,

@@ -19,9 +19,9 @@ from transformers import Swinv2Config, Swinv2Model
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer
 
 from simmim.encoders import SIZES, SwinTransformerV2, create_encoder, position_bias, windows
-from simmim.encoders.attention import MAX_LOG_SCALE
 from simmim.encoders.names import from_timm, from_transformers, to_timm, to_transformers
 from simmim.encoders.position_bias import LogSpacedPositionBias, bias_of_pairs, log_spaced_offsets
+from simmim.encoders.similarity import MAX_LOG_SCALE
 from simmim.encoders.windows import Geometry, Windows
 from simmim.masking import expand_mask
 

@@ -11,15 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from simmim.encoders import SwinTransformerV2, create_encoder, weights
+from simmim.encoders import SwinTransformerV2, create_encoder, encoder_files
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder, trained_windows
 from simmim.encoders.table_resizing import move_table
-from simmim.encoders.weights import (
-    load_encoder,
-    load_encoder_weights,
-    read_encoder_weights,
-    save_encoder,
-    trained_windows,
-)
+from simmim.encoders.weights import load_encoder, load_encoder_weights
 
 MODEL: dict[str, Any] = {
     "name": "swinv2",
@@ -284,7 +279,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Path(file).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "save_file", fill_the_disk)
+    monkeypatch.setattr(encoder_files, "save_file", fill_the_disk)
     with pytest.raises(OSError, match="no space"):
         save_encoder(encoder_of(1), path, image_size=SIZE)
     assert_equal(load_encoder(path).state_dict(), encoder_of().state_dict())

@@ -20,13 +20,14 @@ from transformers import AutoImageProcessor, SwinForMaskedImageModeling, Swinv2F
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer
 
 from simmim.checkpoint_files import save_file as save_checkpoint
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.excerpt import read_excerpt
 from simmim.data.transforms import centre_transform
 from simmim.encoders import create_encoder, swin
-from simmim.encoders.attention import MAX_LOG_SCALE
+from simmim.encoders.encoder_files import read_encoder_weights, save_encoder, trained_windows
 from simmim.encoders.names import is_buffer, to_timm
-from simmim.encoders.weights import load_encoder, read_encoder_weights, save_encoder, trained_windows
+from simmim.encoders.similarity import MAX_LOG_SCALE
+from simmim.encoders.weights import load_encoder
 from simmim.export import export
 from simmim.exporting import onnx_file, timm_folder
 from simmim.exporting.model import Model, Preprocessing

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.module import ImageData, create_sources
 from simmim.data.transforms import centre_transform, pretraining_transform
 from simmim.masking import Masking

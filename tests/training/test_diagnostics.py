@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.finetune import finetune
 from simmim.pretrain import pretrain
 from simmim.run_folder import list_checkpoints

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.data.module import collate
 from simmim.finetune import finetune
 from simmim.pretrain import build, pretrain

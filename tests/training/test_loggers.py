@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 import simmim.run
-from simmim.command import compose_config
+from simmim.config import compose_config
 from simmim.pretrain import pretrain
 from simmim.run_folder import list_checkpoints
 from simmim.training.environment import commit

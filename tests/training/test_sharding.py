@@ -18,8 +18,10 @@ import yaml
 from torch.distributed.tensor import DTensor
 
 from simmim.checkpoint_files import load
-from simmim.command import EXIT_STOPPED, compose_config
-from simmim.encoders.weights import load_encoder, read_encoder_weights
+from simmim.command import EXIT_STOPPED
+from simmim.config import compose_config
+from simmim.encoders.encoder_files import read_encoder_weights
+from simmim.encoders.weights import load_encoder
 from simmim.pretrain import build, pretrain
 from simmim.reconstruct import load_pretraining
 from simmim.run_folder import list_checkpoints
@@ -27,16 +29,17 @@ from simmim.tasks.pretraining import Pretraining
 from simmim.training.sharding import fill
 
 RUNS = Path(__file__).parents[1] / "sharded_runs.py"
-LENGTH = ["trainer.max_steps=20", "trainer.max_epochs=5", "pictures=1", "data.val_images=7"]
+STEPS = 12
+LENGTH = [f"trainer.max_steps={STEPS}", "trainer.max_epochs=3", "pictures=1", "data.val_images=7"]
 # With AdamW's usual eps of 1e-8 rounding errors of tiny gradients would grow. The gradient of L1 jumps where prediction
 # and pixel meet, so that one rounding error could change it: that of L2 does not.
 EXACT = [*LENGTH, "optimizer.eps=1e-6", "objective.loss=l2"]
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "data.batch_size=4"]
 SHARDED = ["trainer=fsdp", *TWO]
-WATCHED = ["diagnostics.every_n_steps=9"]
+WATCHED = ["diagnostics.every_n_steps=5"]
 GUARDED = ["guard.max_norm_ratio=1.05", "guard.window=5", "guard.warmup_steps=3", "guard.max_in_a_row=20"]
 G = [
-    "model=swinv2_g", "model.depths=[2,2,42,4]", "model.embed_dim=8", "model.num_heads=[1,1,2,2]",
+    "model=swinv2_g", "model.depths=[2,2,13,4]", "model.embed_dim=8", "model.num_heads=[1,1,2,2]",
     "model.window_size=2", "data.image_size=64", "masking.patch_size=32", "optimizer.clip_grad_norm=100",
     "trainer.max_steps=1",
 ]  # fmt: skip
@@ -147,7 +150,7 @@ def test_what_is_measured_of_an_encoder_is_that_of_all_processes(alone, together
 def test_processes_leave_out_the_same_steps(alone, together):
     ours, theirs = (rows(folder / "guarded", "skipped.csv") for folder in (together, alone))
     steps = [row["step"] for row in theirs]
-    assert 1 < len(steps) < 15
+    assert 1 < len(steps) < STEPS - 3
     assert [(row["step"], row["samples"]) for row in ours] == [(row["step"], row["samples"]) for row in theirs]
     assert_equal_metrics(together / "guarded", alone / "guarded")
     assert_equal_metrics(together / "guarded", alone / "guarded", keys=("skipped_steps",))
@@ -202,7 +205,7 @@ def test_gradients_are_sent_once_a_step_not_once_a_batch(together):
 
 
 def test_the_initial_values_do_not_depend_on_the_processes(alone, together):
-    """Of the structure of SwinV2-G, at a small width."""
+    """Of the structure of SwinV2-G, with its norms between blocks, at a small width and depth."""
     run = together / "giant"
     assert math.isfinite(float(rows(run)[0]["train_loss"]))
     config = compose_config("pretrain", ["experiment=debug", *G], output_dir=run)
@@ -213,7 +216,7 @@ def test_the_initial_values_do_not_depend_on_the_processes(alone, together):
     lr = task.optimizer["lr"]
     for key, value in task.state_dict().items():
         assert (value - trained[key]).abs().max() <= 1.1 * lr, key
-    assert len(task.network.encoder.blocks[2]) == 42
+    assert any("extra_norm" in key for key in trained)
 
 
 def test_a_plain_encoder_file_is_loaded_into_a_sharded_model(alone, together):
@@ -223,7 +226,7 @@ def test_a_plain_encoder_file_is_loaded_into_a_sharded_model(alone, together):
 
 def test_two_processes_continue_the_run_of_one(alone, together):
     continued = [row for row in rows(together / "from_file") if row["train_loss"]]
-    assert [row["step"] for row in continued] == [str(step) for step in range(10, 21)]
+    assert [row["step"] for row in continued] == [str(step) for step in range(10, STEPS + 1)]
     whole = {row["step"]: row for row in rows(alone / "plain") if row["train_loss"]}
     for row in continued:
         assert float(row["train_loss"]) == pytest.approx(float(whole[row["step"]]["train_loss"]), abs=2e-6)
@@ -235,7 +238,7 @@ def test_one_process_continues_the_run_of_two(tmp_path, alone, together):
     one(tmp_path, *EXACT, f"resume={folder}")
     whole = {row["step"]: row for row in rows(together / "plain") if row["train_loss"]}
     continued = [row for row in rows(tmp_path) if row["train_loss"]]
-    assert len(continued) == 11
+    assert len(continued) == STEPS - 9
     for row in continued:
         assert float(row["train_loss"]) == pytest.approx(float(whole[row["step"]]["train_loss"]), abs=2e-6)
 
@@ -244,7 +247,7 @@ def test_a_sharded_checkpoint_becomes_one_file(tmp_path, together):
     run = together / "averaged"
     made = started.run("-m", "simmim.consolidate", run, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    file, folder = run / "step_0000020.ckpt", list_checkpoints(run)[-1]
+    file, folder = run / f"step_{STEPS:07}.ckpt", list_checkpoints(run)[-1]
     assert file.is_file() and folder.is_dir() and f"file       {file}" in made.stdout
     ours, theirs = torch.load(file, weights_only=True), load(folder)
     assert all(torch.equal(ours["state_dict"][key], value) for key, value in theirs["state_dict"].items())
