@@ -65,6 +65,7 @@ def embed(config: Config) -> Path:
     begun = begun_with(out).get("data.batch_size")
     embedder.batch_size = config["data"]["batch_size"] or begun or fitting_batch(embedder)
     images = {"image_size": list(embedder.image_size), **per_channel(config["data"])}
+    images |= {key: config["data"][key] for key in ("test_crop", "interpolation")}
     done, parts = claim(out, settings_of(config, embedder, source, images)), split(len(source), embedder)
     make_parts(out, parts, done, embedder, source, config)
     unreadable = unreadable_images(out, len(parts))
@@ -127,7 +128,9 @@ def make_parts(
         ValueError: At Ctrl-C.
     """
     ahead = [batch for part in parts[done:] for batch in part]
-    loader = crops_of(source, ahead, config, transform=centre_transform(embedder.image_size))
+    share, interpolation = config["data"]["test_crop"], config["data"]["interpolation"]
+    crop = centre_transform(embedder.image_size, share=share, interpolation=interpolation)
+    loader = crops_of(source, ahead, config, transform=crop)
     begun = sum(map(len, [batch for part in parts[:done] for batch in part]))
     if begun:
         log.info(f"{begun:,} of {len(source):,} images are done already")

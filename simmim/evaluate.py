@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from simmim.command import command, quieten_libraries
 from simmim.config import Config, image_size_of
-from simmim.data.labels import check_labels, match_labels, take_fraction
+from simmim.data.labels import check_labels, check_learnable, match_labels, take_fraction
 from simmim.data.module import ImageData, ImageSource, create_source, create_sources
 from simmim.data.transforms import centre_transform, per_channel
 from simmim.devices import on_gpu, precision_of
@@ -174,8 +174,9 @@ def _probe(config: Config) -> dict[str, Any]:
     data_config, output_dir = config["data"], Path(config["output_dir"])
     _check_probe(config)
     train, test = create_sources(data_config, image_size_of(config))
-    check_labels(train, key="data.root")
+    check_learnable(train, key="data.root")
     classes = train.classes
+    check_labels(test, key="data.val_root")
     test, matched = match_labels(test, classes, key="data.val_root")
     train = take_fraction(train, data_config["label_fraction"])
     _check_enough(config, len(train))

@@ -12,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from simmim.command import command, quieten_libraries
 from simmim.config import Config, image_size_of
-from simmim.data.labels import check_labels, match_labels, take_fraction
+from simmim.data.labels import check_labels, check_learnable, match_labels, take_fraction
 from simmim.data.module import ImageData, create_sources
 from simmim.data.transforms import centre_transform, finetuning_transform, per_channel
 from simmim.devices import accumulation, on_gpu
@@ -77,7 +77,7 @@ def _run(config: Config) -> dict[str, Any]:
     elif known is not None:
         for said in load_classifier(task, Path(config["encoder"]), known, image_size=image_size_of(config)):
             log.info(said)
-    if length.total_steps == 0 and (known is None or known["classes"] != task.classes):
+    if length.total_steps == 0 and (known is None or sorted(known["classes"] or ()) != sorted(task.classes)):
         raise ValueError("trainer.max_epochs=0 evaluates alone: give an encoder=… with a classifier of these classes")
     trainer = train("finetune", config, task, data, length, checkpoint=checkpoint, callbacks=[ClassReport(output_dir)])
     encoder, weights, head = task.best.encoder, gather(task.best.encoder), gather(task.best.head)
@@ -106,9 +106,12 @@ def build(config: Config) -> tuple[Classification, ImageData, Length]:
     prepare_torch(config)
     data_config, image_size = config["data"], image_size_of(config)
     train_images, val_images = create_sources(data_config, image_size)
-    check_labels(train_images, key="data.root")
+    check_learnable(train_images, key="data.root")
     classes = train_images.classes
-    val_images, _ = match_labels(val_images, classes, key="data.val_root")
+    check_labels(val_images, key="data.val_root")
+    val_images, matched = match_labels(val_images, classes, key="data.val_root")
+    if matched:
+        log.info(f"validation {matched}")
     train_images = take_fraction(train_images, data_config["label_fraction"])
     length = run_length(config, len(train_images))
     statistics: dict[str, Any] = dict(per_channel(data_config))

@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from simmim.command import command, quieten_libraries
 from simmim.config import Config, image_size_of
-from simmim.data.labels import check_labels, match_labels
+from simmim.data.labels import check_learnable, match_labels
 from simmim.data.module import ImageData, create_sources, fixed_batch
 from simmim.data.transforms import centre_transform, per_channel, pretraining_transform
 from simmim.devices import accumulation, on_gpu
@@ -97,7 +97,7 @@ def _probes(config: Config, data: ImageData, length: Length) -> list[Callback]:
         return []
     crop, source = data.val_samples.transform, data.train_samples.source
     try:
-        check_labels(source, key="data.root")
+        check_learnable(source, key="data.root")
         val, _ = match_labels(data.val_samples.source, source.classes, key="data.val_root")
     except ValueError as error:
         raise ValueError(f"probe_every_n_epochs={epochs} needs labels, or give null: {error}") from error

@@ -38,7 +38,7 @@ def knn_accuracy(
     test_labels: Tensor,
     *,
     k: int | Sequence[int],
-    temperature: float = 0.07,
+    temperature: float,
     classes: int,
 ) -> dict[int, float]:
     """Accuracy of weighted nearest neighbours (Wu et al., CVPR 2018, section 3.4; as DINO evaluates).
@@ -102,7 +102,7 @@ def linear_probe(
     *,
     classes: int,
     lrs: Sequence[float],
-    optimizers: Sequence[str] = ("adamw", "sgd"),
+    optimizers: Sequence[str],
     epochs: int,
     batch_size: int,
     seed: int,

@@ -135,7 +135,9 @@ def describe_training(config: Config, task: Task, length: Length) -> None:
 def describe_unreadable(output_dir: Path) -> None:
     """Says in the log how many images could not be read, if any."""
     if (unreadable := output_dir / UNREADABLE).exists():
-        log.info(f"unreadable {len(unreadable.read_bytes().splitlines())} images, replaced: {shown(unreadable)}")
+        log.info(
+            f"unreadable {len(unreadable.read_bytes().splitlines())} images, replaced or left out: {shown(unreadable)}"
+        )
 
 
 @contextmanager

@@ -220,7 +220,7 @@ EVALUATE: Section = {
         "lrs": several(POSITIVE),
         "optimizers": several(WORD),
         "epochs": count(EPOCHS),
-        "batch_size": count(),
+        "batch_size": whole(2),  # its norm over the batch needs two
     },
     "trainer": section_of({"single": {"devices": count(1)}}, "strategy", DEVICES),
 }
@@ -256,6 +256,8 @@ EMBED: Section = {
     "data": {
         "image_size": IMAGE_SIZE | NULL,
         "max_value": MAX_VALUE | NULL,
+        "interpolation": INHERITED["interpolation"],
+        "test_crop": INHERITED["test_crop"],
         "mean": MEAN | NULL,
         "std": STD | NULL,
         "batch_size": count(2**16) | NULL,

@@ -28,6 +28,7 @@ from simmim.feature_files import part_path, read_part, write_part
 from simmim.stages import fill_in, open_encoder
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
+CROP = {"share": 0.875, "interpolation": "bicubic"}
 IMAGES = 24
 WORDS = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "extra_norm_every": 0, "patch_size": 2}
 
@@ -94,7 +95,7 @@ def expected(encoder_file, photos, size=(16, 16)):
     encoder, source = load_encoder(encoder_file).eval(), FolderSource(photos)
     maps = []
     for index in range(len(source)):
-        image = centre_transform(size)(source.load(index)[0]).double() / 255
+        image = centre_transform(size, **CROP)(source.load(index)[0]).double() / 255
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
         with torch.no_grad():
             maps.append(encoder(((image - mean) / std).float()[None])[0])
@@ -265,7 +266,7 @@ def test_another_size_keeps_the_windows_that_the_bias_was_trained_with(encoder_f
     encoder = create_encoder("swinv2", window_size=8, pretrained_window_size=[8, 4], **WORDS).eval()
     load_encoder_weights(encoder, encoder_file, image_size=(32, 32))
     source, image = FolderSource(photos), None
-    image = centre_transform((32, 32))(source.load(3)[0]).float() / 255
+    image = centre_transform((32, 32), **CROP)(source.load(3)[0]).float() / 255
     image = (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
         np.testing.assert_allclose(found["features"][3], encoder(image[None])[0], atol=2e-5)

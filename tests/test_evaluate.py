@@ -140,11 +140,13 @@ def test_numbered_folders_stand_for_the_classes_in_their_order(finished, images,
 def test_images_that_cannot_be_read_are_named(finished, tmp_path):
     root = photos(tmp_path / "photos")
     (root / "red" / "0.png").write_bytes(b"no image")
-    result = run(tmp_path / "run", finished[0], root)
-    assert result["images"] == 23  # another one stands in for it, and is not counted twice
+    result = run(tmp_path / "run", finished[0], root, "data.max_bad_fraction=0.1")
+    assert result["images"] == 23
     assert "red/0.png" in (tmp_path / "run" / "bad_images.txt").read_text()
     with pytest.raises(ValueError, match=r"red/0\.png cannot be read.*data\.on_error=skip"):
         run(tmp_path / "strict", finished[0], root, "data.on_error=raise")
+    with pytest.raises(ValueError, match=r"^1 of 24 images could not be read, more than data\.max_bad_fraction=0\.01"):
+        run(tmp_path / "too many", finished[0], root)
 
 
 def test_a_stage_gives_its_size(finished, images, tmp_path):

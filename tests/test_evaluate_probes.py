@@ -141,9 +141,8 @@ def test_a_linear_probe_reports_the_head_that_the_held_out_images_choose(encoder
     x, tests = (torch.from_numpy(features(encoder_file, source)) for source in (train, test))
     y = torch.tensor([train.label(index) for index in range(60)])
     wanted = torch.tensor([train.classes.index(test.classes[test.label(index)]) for index in range(30)])
-    again = linear_probe(
-        x, y, tests, wanted, classes=3, lrs=[1e-6, 0.01, 100], epochs=20, batch_size=16, seed=3
-    ).accuracies  # fmt: skip
+    settings = {"classes": 3, "lrs": [1e-6, 0.01, 100], "optimizers": ["adamw", "sgd"], "epochs": 20, "batch_size": 16}
+    again = linear_probe(x, y, tests, wanted, **settings, seed=3).accuracies
     for head in result["heads"]:
         assert head["top1"] == pytest.approx(again[head["optimizer"], head["lr"]], abs=0.07)  # two images: float64
         words = f"top-1 {head['top1']:.2%} by {head['optimizer']} with lr {head['lr']:g}"

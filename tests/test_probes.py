@@ -51,7 +51,7 @@ def test_nearest_neighbours_are_those_of_plain_loops(temperature, monkeypatch):
 def test_near_neighbours_outvote_many_far_ones():
     train = torch.tensor([[1.0, 0.0], [0.3, 1.0], [0.3, 1.0], [0.3, 1.0]])
     labels, test = torch.tensor([1, 0, 0, 0]), torch.tensor([[1.0, 0.1]])
-    assert knn_accuracy(train, labels, test, torch.tensor([1]), k=4, classes=2) == {4: 1.0}
+    assert knn_accuracy(train, labels, test, torch.tensor([1]), k=4, temperature=0.07, classes=2) == {4: 1.0}
     assert knn_accuracy(train, labels, test, torch.tensor([1]), k=4, temperature=10, classes=2) == {4: 0.0}
 
 
@@ -59,10 +59,10 @@ def test_near_neighbours_outvote_many_far_ones():
 def test_neighbours_that_do_not_exist_are_refused(k):
     train, labels = clusters(4)
     with pytest.raises(ValueError, match=r"^k=.* must lie between 1 and the 4 training features"):
-        knn_accuracy(train, labels, train, labels, k=k, classes=5)
+        knn_accuracy(train, labels, train, labels, k=k, temperature=1.0, classes=5)
 
 
-SWEEP = {"classes": 5, "epochs": 5, "batch_size": 32, "seed": 0}
+SWEEP = {"classes": 5, "epochs": 5, "batch_size": 32, "seed": 0, "optimizers": ["adamw", "sgd"]}
 
 
 def test_a_linear_probe_separates_what_is_separable():
@@ -73,6 +73,7 @@ def test_a_linear_probe_separates_what_is_separable():
     features[:, 0] = 7 + 0.01 * labels + 0.003 * (torch.rand(900, generator=generator) - 0.5)
     features[:, 1] = 0.01 * (labels == 1) + 0.003 * torch.rand(900, generator=generator)
     settings = {"classes": 3, "epochs": 20, "batch_size": 64, "seed": 0, "lrs": [1e-7, 0.1]}
+    settings["optimizers"] = SWEEP["optimizers"]
     probe = linear_probe(features[:700], labels[:700], features[700:], labels[700:], **settings)
     assert probe.accuracy == 1
     assert probe.held_out[probe.best] == 1
@@ -86,7 +87,7 @@ def test_each_head_of_a_sweep_is_the_same_head_trained_alone():
     assert len(together.accuracies) == 6
     assert len(set(together.accuracies.values())) > 3
     for name, lr in together.accuracies:
-        alone = linear_probe(*train, *test, **SWEEP, lrs=[lr], optimizers=[name])
+        alone = linear_probe(*train, *test, **{**SWEEP, "lrs": [lr], "optimizers": [name]})
         assert alone.accuracies == {(name, lr): together.accuracies[name, lr]}
         assert alone.held_out == {(name, lr): together.held_out[name, lr]}
 
@@ -147,7 +148,7 @@ def test_the_seed_decides_and_half_precision_will_do():
 def test_what_cannot_be_probed_is_refused():
     train, labels = clusters(40)
     with pytest.raises(ValueError, match=r"^optimizer lars is unknown: choose of adamw, sgd"):
-        linear_probe(train, labels, train, labels, **SWEEP, lrs=[0.1], optimizers=["lars"])
+        linear_probe(train, labels, train, labels, **{**SWEEP, "lrs": [0.1], "optimizers": ["lars"]})
     with pytest.raises(ValueError, match=r"^a linear probe needs 3 training features and a learning rate: 40, 0"):
         linear_probe(train, labels, train, labels, **SWEEP, lrs=[])
     with pytest.raises(ValueError, match=r": 2, 2$"):

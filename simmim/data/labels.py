@@ -46,19 +46,38 @@ class Labelled:
         return self.source.name(self.indices[index])  # type: ignore[no-any-return]
 
 
-def check_labels(source: Any, *, key: str) -> None:
+def check_learnable(source: Any, *, key: str) -> None:
     """Refuses images that no classifier can learn from.
+
+    Args:
+        source: An `ImageSource`, without the images that are kept for validation.
+        key: The config key it came from, for the message.
+
+    Raises:
+        ValueError: As `check_labels`; if there is one class only, or a class has no image left.
+    """
+    check_labels(source, key=key)
+    found = {source.label(index) for index in range(len(source))}
+    if len(found) == 1:
+        raise ValueError(f"{key}: there is one class only ({source.classes[found.pop()]}), and nothing to tell apart")
+    if empty := [name for number, name in enumerate(source.classes) if number not in found]:
+        raise ValueError(
+            f"{key}: {len(empty)} of {len(source.classes)} classes have no image to learn from, the first {empty[0]}: "
+            "number labels from 0 without gaps, or give data.val_root where validation has taken all of a class"
+        )
+
+
+def check_labels(source: Any, *, key: str) -> None:
+    """Refuses images without labels, and folders of classes that are empty.
 
     Args:
         source: An `ImageSource`.
         key: The config key it came from, for the message.
 
     Raises:
-        ValueError: If there are no labels, or one class only, or a class without images.
+        ValueError: With the key, and the class.
     """
     _require_labels(source, key)
-    if len(source.classes) == 1:
-        raise ValueError(f"{key}: there is one class only ({source.classes[0]}), and nothing to tell apart")
     files = source.source if isinstance(source, InMemory) else source
     if isinstance(files, FolderSource) and (empty := _empty_folders(files)):
         raise ValueError(f"{key}={files.root}: the class {empty[0]} has no image: remove its folder, or fill it")

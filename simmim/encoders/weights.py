@@ -28,13 +28,17 @@ def load_encoder(
     Args:
         path: What `simmim.encoders.encoder_files.read_encoder_weights` reads.
         window_size: Side of the window in tokens, instead of the file's; of one that does not say it, needed.
-        pretrained_window_size: Likewise, see the class of the encoder; None keeps the file's.
+        pretrained_window_size: Those in which a continuous position bias counts, see the class of the encoder; None
+            takes those that it was trained with, whatever the size of the images to come.
 
     Raises:
         ValueError: If there are no weights, they contradict their own configuration, or a window is unknown.
     """
     weights, metadata = read_encoder_weights(path)
-    trained = pretrained_window_size if window_size is None else pretrained_window_size or trained_windows(metadata)
+    continuous = metadata["config"]["position_bias"].endswith("cpb")
+    trained = pretrained_window_size
+    if trained is None and (continuous or window_size is not None):
+        trained = trained_windows(metadata)
     given = {"window_size": window_size, "pretrained_window_size": trained}
     check_said(path, metadata, {f"model.{key}": value for key, value in given.items()})
     known = settings_of(metadata["architecture"])
@@ -141,14 +145,16 @@ def load_head(head: nn.Module, metadata: Mapping[str, Any], classes: Sequence[st
     """
     if metadata["head"] is None:
         return f"The classifier of {len(classes)} classes starts anew: the file holds none."
-    if metadata["classes"] != list(classes):
+    if sorted(metadata["classes"]) != sorted(classes):
         return (
-            f"The classifier of {len(classes)} classes ({', '.join(classes[:3])}, …) starts anew: the file's is of "
-            f"{len(metadata['classes'])} others ({', '.join(metadata['classes'][:3])}, …), and was dropped."
+            f"The classifier of {len(classes)} classes ({_first(classes)}) starts anew: the file's is of "
+            f"{len(metadata['classes'])} others ({_first(metadata['classes'])}), and was dropped."
         )
-    own = {key: value.to(torch.float32, copy=True) for key, value in metadata["head"].items()}
+    rows = [metadata["classes"].index(name) for name in classes]
+    own = {key: value.to(torch.float32)[rows] for key, value in metadata["head"].items()}
     head.load_state_dict(own, assign=True)  # copies: a running average must not be the weights that it follows
-    return f"The classifier of {len(classes)} classes was kept: they are the same."
+    moved = "" if metadata["classes"] == list(classes) else ", in another order"
+    return f"The classifier of {len(classes)} classes was kept: they are the same{moved}."
 
 
 def _check_fit(encoder: Encoder, weights: dict[str, Tensor], metadata: dict[str, Any], file: Path) -> None:
@@ -215,6 +221,10 @@ def _check_windows(encoder: Encoder, metadata: Mapping[str, Any], image_size: tu
             f"{', '.join(map(_by, ours))}: give model.pretrained_window_size={sides}, or the position bias would "
             "mean other offsets"
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _by(size: int | Iterable[int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 NEIGHBOURS = 20
 """Of kNN in a probe."""
+
+TEMPERATURE = 0.07
+"""Of their votes."""
 
 PROBED = 5000
 """So many images of each set a probe looks at, at most."""
@@ -164,7 +168,8 @@ class Probe(Callback):
             return
         with torch.random.fork_rng(devices=[]):  # loaders draw a seed, of which nobody makes use
             train, val = (self._embed(samples, trainer, pl_module) for samples in self.samples)
-        accuracy = knn_accuracy(*train, *val, k=NEIGHBOURS, classes=self.classes)[NEIGHBOURS]
+        found = knn_accuracy(*train, *val, k=NEIGHBOURS, temperature=TEMPERATURE, classes=self.classes)
+        accuracy = found[NEIGHBOURS]
         pl_module.log("val_knn", accuracy, sync_dist=True)
         log.info(
             f"kNN {accuracy:.1%} of {len(val[0]):,} validation images, by {NEIGHBOURS} neighbours of {len(train[0]):,} "
@@ -211,7 +216,8 @@ class ClassReport(Callback):
                 for name, hit, count in zip(pl_module.classes, hits, images, strict=True):
                     writer.writerow([name, int(count), f"{hit / count:.4f}" if count else ""])
             if confusion is not None:
-                title = f"step {trainer.global_step}: {pl_module.describe(trainer.callback_metrics)}"
+                step = f"step {trainer.global_step}: " if trainer.global_step else ""
+                title = f"{step}{pl_module.describe(trainer.callback_metrics)}"
                 draw_confusion(confusion, pl_module.classes, picture, title=title)
         except OSError as error:
             log.warning(f"{shown(table)} cannot be written ({error.strerror or error}): the run goes on without it")
@@ -279,6 +285,11 @@ class UnreadableImages(Callback):
         """Looks at a validation batch."""
         self._look_at(trainer, batch)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at an evaluation as a whole: its images may be few."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_share()
+
     def state_dict(self) -> dict[str, Any]:
         """The counts, so that a resumed run goes on with them."""
         return {"drawn": self.drawn, "unreadable": self.unreadable, "listed": sorted(self.listed)}
@@ -294,7 +305,8 @@ class UnreadableImages(Callback):
                 log.error(f"{name} cannot be read ({reason})")
             elif name not in self.listed:
                 self.listed.add(name)
-                log.warning(f"{name} cannot be read ({reason}): another image takes its place")
+                fate = "another image takes its place" if trainer.training else "it is left out"
+                log.warning(f"{name} cannot be read ({reason}): {fate}")
                 self.unwritten += f"{name}\t{reason}\n"
         if self.unwritten:
             self._write()
@@ -303,7 +315,11 @@ class UnreadableImages(Callback):
         if unreadable and self.on_error == "raise":
             names = " and ".join(name for name, _ in batch["unreadable"]) or "an image of another process"
             raise ValueError(f"{names} cannot be read: mend or remove it, or set data.on_error=skip")
-        if self.drawn >= self.check_after and self.unreadable > self.max_fraction * self.drawn:
+        if self.drawn >= self.check_after:
+            self._check_share()
+
+    def _check_share(self) -> None:
+        if self.unreadable > self.max_fraction * self.drawn:
             raise ValueError(
                 f"{self.unreadable} of {self.drawn} images could not be read, more than "
                 f"data.max_bad_fraction={self.max_fraction}: they are listed in {self.path}"

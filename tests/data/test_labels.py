@@ -8,7 +8,7 @@ from PIL import Image
 
 from simmim.data.files import InMemory
 from simmim.data.folder import FolderSource
-from simmim.data.labels import Labelled, check_labels, match_labels, take_fraction
+from simmim.data.labels import Labelled, check_labels, check_learnable, match_labels, take_fraction
 
 
 class Listed:
@@ -50,7 +50,15 @@ def test_images_without_labels_are_refused(tmp_path):
 
 def test_one_class_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^data\.root: there is one class only \(hat\)"):
-        check_labels(FolderSource(folder(tmp_path, {"hat": 2})), key="data.root")
+        check_learnable(FolderSource(folder(tmp_path, {"hat": 2})), key="data.root")
+
+
+def test_labels_count_and_not_the_names_of_classes():
+    with pytest.raises(ValueError, match=r"^data\.root: there is one class only \(3\)"):
+        check_learnable(Listed([3, 3], list("0123")), key="data.root")
+    with pytest.raises(ValueError, match=r"^data\.root: 2 of 4 classes have no image .* the first 1: number"):
+        check_learnable(Listed([0, 3], list("0123")), key="data.root")
+    check_learnable(Listed([1, 0], ["a", "b"]), key="data.root")
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -130,7 +138,8 @@ def test_a_fraction_holds_the_same_share_of_every_class():
     assert len({part.name(index) for index in range(len(part))}) == len(part) == 26
     kept = [int(part.load(index)[0]) for index in range(len(part))]
     assert [LABELS[index] for index in kept] == labels_of(part)
-    assert kept != sorted(range(248), key=LABELS.__getitem__)[: len(kept)]  # drawn, not the first ones
+    first = [index for start, count in ((0, 4), (40, 1), (47, 20), (247, 1)) for index in range(start, start + count)]
+    assert kept != first  # drawn
 
 
 @pytest.mark.parametrize(("fraction", "count", "kept"), [(0.07, 100, 7), (0.14, 50, 7), (0.29, 100, 29)])

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.data.auto_augment import LEVEL_TO_ARG
 from torchvision.transforms import v2
 
 from simmim.data.transforms import (
@@ -141,9 +142,9 @@ def test_the_magnitude_of_randaugment_is_of_ten(magnitude, monkeypatch):
     )
     transform = finetuning_transform((64, 64), **{**FINETUNING, "randaugment": magnitude})
     torch.manual_seed(0)
-    for _ in range(200):
+    for _ in range(400):
         transform(photo())
-    assert len(drawn) == 400  # two operations an image
+    assert 330 < len(drawn) < 470  # two operations an image, each with a probability of one half
     share = magnitude / 10
     for name, value, settings in drawn:
         if name in LARGEST:
@@ -152,6 +153,8 @@ def test_the_magnitude_of_randaugment_is_of_ten(magnitude, monkeypatch):
             assert abs(value) == pytest.approx(share * 150 / 331 * 64)
         elif name == "Solarize":
             assert value == pytest.approx(1 - share, abs=1e-6)
+        elif name == "Posterize":
+            assert value == max(1, *LEVEL_TO_ARG["PosterizeIncreasing"](magnitude, {}))
         assert next(iter(settings["fill"].values())) == pytest.approx([255 * mean for mean in FINETUNING["mean"]])
     assert {name for name, *_ in drawn} >= {*LARGEST, "TranslateX", "TranslateY", "Solarize", "Posterize"}
     signs = [value > 0 for name, value, _ in drawn if name in LARGEST]
@@ -165,7 +168,7 @@ def test_what_an_operation_lays_bare_has_the_mean_colour():
     mean = torch.tensor([255 * mean for mean in FINETUNING["mean"]])
     corners = torch.stack([transform(white)[:, 0, 0].float() for _ in range(200)])
     bare = (corners - mean).abs().amax(dim=1) <= 1
-    assert 0.1 < bare.float().mean() < 0.9
+    assert 0.03 < bare.float().mean() < 0.5  # every second operation is left out
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -14,7 +14,7 @@ from torch import Tensor
 from simmim.encoders import SwinTransformerV2, create_encoder, encoder_files
 from simmim.encoders.encoder_files import read_encoder_weights, save_encoder, trained_windows
 from simmim.encoders.table_resizing import move_table
-from simmim.encoders.weights import load_encoder, load_encoder_weights
+from simmim.encoders.weights import load_encoder, load_encoder_weights, load_head
 
 MODEL: dict[str, Any] = {
     "name": "swinv2",
@@ -64,11 +64,24 @@ def test_a_file_rebuilds_its_encoder(overrides: dict[str, Any], tmp_path: Path) 
     encoder = encoder_of(**overrides)
     save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=SIZE)
     loaded = load_encoder(tmp_path / "encoder.safetensors")
-    assert loaded.config == encoder.config
+    trained = overrides.get("pretrained_window_size", None if "table" in overrides.values() else [6, 6])
+    assert loaded.config == encoder.config | {"pretrained_window_size": trained}
     assert_equal(loaded.state_dict(), encoder.state_dict())
     images = torch.randn(1, 4, *SIZE)
     assert torch.equal(loaded.eval()(images), encoder.eval()(images))
     assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_offsets_are_counted_in_the_trained_windows_at_any_image_size(tmp_path: Path) -> None:
+    """The windows of the last stage had shrunk to its map, and grow with larger images."""
+    encoder = encoder_of()
+    save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=(16, 16))
+    explicit = encoder_of(pretrained_window_size=[6, 4])
+    explicit.load_state_dict(encoder.state_dict())
+    loaded, images = load_encoder(tmp_path / "encoder.safetensors"), torch.randn(1, 4, 48, 48)
+    for found, expected in zip(loaded.eval().pyramid(images), explicit.eval().pyramid(images), strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.allclose(loaded(images), encoder.eval()(images), atol=1e-3)
 
 
 def test_metadata_say_how_it_was_trained(tmp_path: Path) -> None:
@@ -263,6 +276,14 @@ def test_tables_of_another_size_of_model_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"does not fit the model: it holds .*num_heads=\[2, 4\]"):
             load_encoder_weights(encoder_of(position_bias="table", window_size=3, **other), path, image_size=SIZE)
+
+
+def test_a_classifier_of_the_same_classes_is_put_in_their_order() -> None:
+    weight, bias = torch.randn(3, 5), torch.randn(3)
+    metadata = {"head": {"weight": weight, "bias": bias}, "classes": ["cat", "dog", "eel"]}
+    head = torch.nn.Linear(5, 3)
+    assert load_head(head, metadata, ["eel", "cat", "dog"]).endswith("was kept: they are the same, in another order.")
+    assert torch.equal(head.weight, weight[[2, 0, 1]]) and torch.equal(head.bias, bias[[2, 0, 1]])
 
 
 def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
