@@ -59,6 +59,8 @@ if not run.exists():
     finetune(compose_config("finetune", overrides, output_dir=run))
 
 _, known = read_encoder_weights(run)
+if known["architecture"] != "swinv2":
+    raise ValueError(f"SIMMIM_RUN={run} is a {known['architecture']}: give a run of a Swin Transformer")
 config, trained = known["config"], trained_windows(known)
 print(f"{run}: {config['position_bias']}, {known['image_size']} px, trained windows {trained}")
 
@@ -122,6 +124,7 @@ if data["source"] == "synthetic":
 else:
     root = data["val_root"] or data["root"]
     images = [f"data={data['source']}", f"data.root='{root}'"]
+    images += [f"data.{key}='{data[key]}'" for key in ("labels", "image_column", "label_column") if data.get(key)]
 
 
 def accuracy(times, window):

@@ -78,6 +78,8 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int,
     if trained is not None:
         weights, moved = _move_tables(encoder, weights, trained, image_size)
         notes += [f"{moved} position tables were moved, {encoder.config['table_resizing']}"] if moved else []
+    if metadata["head"] is not None:
+        notes.append(f"beside it lies a classifier of {len(metadata['head']['weight'])} classes")
     _check_fit(encoder, weights, metadata, file)
     if encoder.counts_in_trained_windows:
         given = encoder.config["pretrained_window_size"]

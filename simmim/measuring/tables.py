@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+BY_HAND = "\n## What it says\n"
+"""Below this heading of a table's page a person writes, and it stays when the table is measured anew."""
+
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "pillow", "simplejpeg")
 
 
@@ -35,7 +38,10 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def write_markdown(rows: Sequence[dict[str, Any]], path: Path, *, title: str, notes: Sequence[str]) -> str:
-    """Writes `<path>.md`, and returns it. Arguments as `write_table`; a reader may want fewer rows than the CSV has."""
+    """Writes `<path>.md`, and returns it. Arguments as `write_table`; a reader may want fewer rows than the CSV has.
+
+    What stands in it below the heading "What it says" is kept.
+    """
     columns = list(rows[0])
     numeric = {key for key in columns if any(isinstance(row[key], int | float) for row in rows)}
     lines = [
@@ -47,8 +53,10 @@ def write_markdown(rows: Sequence[dict[str, Any]], path: Path, *, title: str, no
         "",
         *(f"* {note}" for note in notes),
     ]
-    text = "\n".join(lines) + "\n"
-    path.with_suffix(".md").write_text(text)
+    page = path.with_suffix(".md")
+    _, heading, said = page.read_text().partition(BY_HAND) if page.exists() else ("", "", "")
+    text = "\n".join(lines) + f"\n{heading}{said}"
+    page.write_text(text)
     return text
 
 
