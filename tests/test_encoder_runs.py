@@ -24,7 +24,7 @@ ENCODERS = {
 
 SHORT = ["experiment=debug", "trainer.max_steps=4", "pictures=1", "checkpoint.every_n_steps=2", "checkpoint.keep=null",
          "model.drop_path=0.3"]  # fmt: skip
-FEW = ["trainer=cpu", "data.train_images=12", "data.val_images=12", "data.batch_size=4", "data.num_workers=0"]
+FEW = ["trainer=cpu", "data.train_images=16", "data.val_images=12", "data.batch_size=4", "data.num_workers=0"]
 
 
 @pytest.fixture(scope="module", params=ENCODERS)

@@ -1,6 +1,7 @@
 """The command: what it says, what it leaves, and that nothing half done or wrong is ever left."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def encoder_file(tmp_path):
     encoder = create_encoder("swinv2", embed_dim=8, depths=[2, 1], num_heads=[1, 1], extra_norm_every=0, window_size=4)
     for parameter in encoder.parameters():
         parameter.data += 0.1
-    save_encoder(encoder, tmp_path / "own.safetensors", image_size=(32, 32), mean=[0.5] * 3, std=[0.2] * 3)
-    return tmp_path / "own.safetensors"
+    save_encoder(encoder, tmp_path / "encoder.safetensors", image_size=(32, 32), mean=[0.5] * 3, std=[0.2] * 3)
+    return tmp_path / "encoder.safetensors"
 
 
 def test_a_run_is_exported_with_its_card(pretrained, tmp_path, caplog):
@@ -76,10 +77,19 @@ def test_a_card_says_what_is_unknown_and_no_path_of_the_machine(encoder_file, tm
     again = run(encoder_file, "safetensors", tmp_path / "again" / "x.safetensors")
     card = (again.parent / "MODEL_CARD.md").read_text()
     assert "| data.root | photos |" in card and "somebody" not in card
+    shutil.copy(encoder_file, tmp_path / "other.safetensors")  # beside a run, and no part of it
+    card = run(tmp_path / "other.safetensors", "safetensors", tmp_path / "third" / "x.safetensors")
+    assert "| data.root |" not in (card.parent / "MODEL_CARD.md").read_text()
 
 
 def test_a_fine_tuned_classifier_keeps_its_classes(pretrained, tmp_path):
-    words = [f"encoder={pretrained}", "trainer=cpu", "trainer.max_epochs=1", "data.train_images=8", "data.val_images=8"]
+    words = [
+        f"encoder={pretrained}",
+        "trainer=cpu",
+        "trainer.max_epochs=1",
+        "data.train_images=16",
+        "data.val_images=8",
+    ]
     words += ["data.batch_size=4", "data.num_workers=0"]
     finetune(compose_config("finetune", words, output_dir=tmp_path / "run"))
     weights, known = read_encoder_weights(tmp_path / "run")

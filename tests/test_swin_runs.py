@@ -34,7 +34,7 @@ def test_its_file_rebuilds_it(pretrained):
 def test_fine_tuning_moves_its_table_to_a_larger_window(pretrained, tmp_path, caplog):
     """In the way that its file says, unless it is told another one."""
     words = [f"encoder={pretrained}", "data.image_size=64", "model.window_size=8", "trainer.max_steps=2", "trainer=cpu",
-             "data.train_images=8", "data.val_images=4", "data.batch_size=4", "data.num_workers=0",
+             "data.train_images=16", "data.val_images=4", "data.batch_size=4", "data.num_workers=0",
              "optimizer.base_lr=1e-12"]  # fmt: skip
     key = "stages.0.0.attention.position_bias.table"
     before = load_encoder(pretrained).state_dict()[key]

@@ -22,7 +22,7 @@ VIT = ["experiment=debug", "model=vit_s", "model.depths=[2]", "model.embed_dim=2
        "model.patch_size=8", "model.window_size=4", "masking.patch_size=16"]  # fmt: skip
 SHORT = [*VIT, "trainer.max_steps=4", "pictures=1", "checkpoint.every_n_steps=2", "checkpoint.keep=null",
          "model.drop_path=0.3"]  # fmt: skip
-LARGER = ["data.image_size=48", "model.window_size=6", "trainer=cpu", "data.train_images=12", "data.val_images=12",
+LARGER = ["data.image_size=48", "model.window_size=6", "trainer=cpu", "data.train_images=16", "data.val_images=12",
           "data.batch_size=4", "data.num_workers=0"]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_fine_tuning_gives_each_block_the_table_moved_to_the_larger_map(pretrain
 
 
 def test_frozen_features_are_judged(tuned, tmp_path):
-    words = [f"encoder={tuned}", "data.train_images=12", "data.val_images=12", "data.num_workers=0", "trainer=cpu"]
+    words = [f"encoder={tuned}", "data.train_images=16", "data.val_images=12", "data.num_workers=0", "trainer=cpu"]
     result = evaluate(compose_config("evaluate", [*words, "probe=linear", "linear.epochs=2"], output_dir=tmp_path))
     assert result["features"]["channels"] == 24
 

@@ -63,7 +63,7 @@ def check_learnable(source: Any, *, key: str) -> None:
     if empty := [name for number, name in enumerate(source.classes) if number not in found]:
         raise ValueError(
             f"{key}: {len(empty)} of {len(source.classes)} classes have no image to learn from, the first {empty[0]}: "
-            "number labels from 0 without gaps, or give data.val_root where validation has taken all of a class"
+            "give it some, number labels from 0 without gaps, or give data.val_root where validation has taken them all"
         )
 
 

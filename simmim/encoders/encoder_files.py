@@ -1,7 +1,7 @@
 """Encoder weights on disk: a safetensors file whose metadata rebuild the encoder with nothing else in hand.
 
-What others released is read as well, see `simmim.encoders.released`: which it is, the content of a file decides, not
-its name.
+Checkpoints of a run are read likewise, and what others released, see `simmim.encoders.released`: which it is, the
+content of a file decides, not its name.
 """
 
 import json
@@ -120,7 +120,9 @@ def read_encoder_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         return _read_checkpoint(file)
     if is_safetensors(file):
         weights, metadata = read_safetensors(file)
-        return _from_ours(weights, metadata) if metadata.get("format") == "simmim" else read_released(weights, file)
+        return (
+            _from_ours(weights, metadata, file) if metadata.get("format") == "simmim" else read_released(weights, file)
+        )
     tree = read_pytorch(file)
     return _read_checkpoint(file) if _is_ours(tree) else read_released(tree, file)
 
@@ -182,19 +184,25 @@ def unsaid(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {key: UNSAID[key] for key, value in known.items() if value is None}
 
 
-def _from_ours(weights: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
-    values |= {key: json.loads(metadata.get(key, "null")) for key in OPTIONAL}
-    if metadata["architecture"] not in ENCODERS:
+def _from_ours(
+    weights: dict[str, Tensor], metadata: dict[str, str], file: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        values = {key: json.loads(metadata[key]) for key in ("config", "image_size", "windows")}
+        values |= {key: json.loads(metadata.get(key, "null")) for key in OPTIONAL}
+        architecture = metadata["architecture"]
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"encoder={file} is no encoder file of simmim: its metadata are damaged ({error})") from error
+    if architecture not in ENCODERS:
         raise ValueError(
-            f"it holds an encoder of another kind than {' or '.join(ENCODERS)}: {metadata['architecture']}"
+            f"encoder={file} holds an encoder of another kind than {' or '.join(ENCODERS)}: {architecture}"
         )
-    if metadata["architecture"] == SwinTransformerV2.architecture:
+    if architecture == SwinTransformerV2.architecture:
         values["config"] = BEFORE | values["config"]
     head = {key: weights.pop(key) for key in [key for key in weights if key.startswith(HEAD)]}
     return weights, {
         **OURS,
-        "architecture": metadata["architecture"],
+        "architecture": architecture,
         "head": _named_below(HEAD, head) or None,
         **values,
     }

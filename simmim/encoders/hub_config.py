@@ -36,7 +36,8 @@ def facts_of_transformers(
     Returns:
         What is known of `embed_dim`, `depths`, `num_heads`, `patch_size`, `in_channels`; `window_sizes` of each stage
         in tokens, before one shrinks to its map, and `pretrained_windows`, None for a stage that counts in its own,
-        [height, width] each; `image_size` in pixels likewise; `mean`, `std`, `interpolation`, `test_crop`; `classes`.
+        [height, width] each; `image_size` in pixels likewise; `mean`, `std`, `max_value`, `interpolation`, `test_crop`;
+        `classes`.
 
     Raises:
         ValueError: If it has what our encoder has not.
@@ -51,7 +52,8 @@ def facts_of_transformers(
         "mean": preprocessor.get("image_mean"),
         "std": preprocessor.get("image_std"),
         "interpolation": INTERPOLATION.get(preprocessor.get("resample", 0)),
-        "test_crop": preprocessor.get("crop_pct"),
+        "test_crop": preprocessor.get("crop_pct") or _share_of(preprocessor),
+        "max_value": round(1 / scale, 6) if (scale := preprocessor.get("rescale_factor")) else None,
         "classes": _names(config.get("id2label")),
     }
     if "window_size" in config:
@@ -60,6 +62,14 @@ def facts_of_transformers(
     if "image_size" in config:
         facts["image_size"] = _pair(config["image_size"])
     return _known(facts)
+
+
+def _share_of(preprocessor: Mapping[str, Any]) -> float | None:
+    """What is cut out of the short side, as a share of it; None where nothing is, or it does not say."""
+    resized, cut = ((preprocessor.get(key) or {}) for key in ("size", "crop_size"))
+    if not preprocessor.get("do_center_crop") or "shortest_edge" not in resized or "height" not in cut:
+        return None
+    return min(1.0, float(cut["height"] / resized["shortest_edge"]))
 
 
 def facts_of_timm(config: Mapping[str, Any], *, stages: int) -> Facts:

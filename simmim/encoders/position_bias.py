@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simmim.encoders.similarity import precise
 from simmim.encoders.table_resizing import middle_of
-from simmim.encoders.windows import kept
+from simmim.encoders.windows import Window, kept
 
 HIDDEN_WIDTH = 512
 """Width of the hidden layer of the bias network, in all released models."""
-
-Window = tuple[int, int]
 
 
 @kept(maxsize=32)
@@ -128,7 +127,7 @@ class PositionBiasTable(nn.Module):
     def forward(self, offsets: Tensor) -> Tensor:
         """Any offsets of a window (2h - 1, 2w - 1, 2) -> (n, 2h - 1, 2w - 1), in fp32 or float64."""
         middle = middle_of(self.table, (offsets.shape[0] // 2 + 1, offsets.shape[1] // 2 + 1))
-        return middle.to(_precise(middle.dtype)).contiguous()
+        return middle.to(precise(middle.dtype)).contiguous()
 
 
 OFFSETS: dict[str, Callable[[Window, Window, torch.device], Tensor]] = {
@@ -165,12 +164,8 @@ def _network(num_heads: int) -> nn.Sequential:
 
 def _bias(network: nn.Sequential, offsets: Tensor) -> Tensor:
     first, last = cast(nn.Linear, network[0]), cast(nn.Linear, network[2])
-    precision = _precise(first.weight.dtype)
+    precision = precise(first.weight.dtype)
     with torch.autocast(offsets.device.type, enabled=False):
         hidden = F.linear(offsets.to(precision), first.weight.to(precision), first.bias.to(precision)).relu()
         table = 16 * torch.sigmoid(F.linear(hidden, last.weight.to(precision)))
     return table.permute(2, 0, 1).contiguous()
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)  # a bias of up to 16 needs more than 8 bits

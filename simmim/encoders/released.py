@@ -85,7 +85,7 @@ def read_released(tree: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, A
     try:
         state = _state_of(tree)
         if is_vision_transformer(state):
-            return read_vision_transformer(state)
+            return read_vision_transformer(state, facts_of_timm(read_json(file.parent / CONFIG), stages=1))
         layout = _recognise(state)
         weights = READERS[layout.library](state)
         shape = _shape_of(weights)

@@ -30,7 +30,8 @@ NAMES = {
 }
 """Theirs to ours. A fine-tuned one, whose norm comes after the mean of the patches, calls it fc_norm."""
 
-HEADS = ("head.", "decoder.")
+HEADS = ("head.", "decoder.", "lm_head.")
+"""What is no part of the encoder: a classifier, what predicts pixels, and what BEiT predicts visual words with."""
 
 
 def is_vision_transformer(state: State) -> bool:
@@ -39,11 +40,12 @@ def is_vision_transformer(state: State) -> bool:
     return "cls_token" in names and "pos_embed" not in names and any(name.endswith(TABLE) for name in names)
 
 
-def read_vision_transformer(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_vision_transformer(state: State, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights under our names, and what is known of them.
 
     Args:
         state: For which `is_vision_transformer` holds.
+        facts: What a `config.json` beside it says of images and classes, see `simmim.encoders.hub_config`.
 
     Returns:
         As `simmim.encoders.encoder_files.read_encoder_weights`.
@@ -58,8 +60,12 @@ def read_vision_transformer(state: State) -> tuple[dict[str, Tensor], dict[str, 
         notes.append(f"{buffers} buffers were left out: they are computed")
     if "decoder.0.weight" in plain:
         notes.append("its decoder was left out: it predicts pixels, and reconstruct alone needs it")
-    if "head.weight" in plain:
+    head = _layer(plain, "head.")
+    if head is not None and "fc_norm.weight" in plain:
         notes.append("its classifier was set aside: evaluate and finetune take it where the classes are the same")
+    elif head is not None:
+        head = None
+        notes.append("its classifier was left out: it looks at the class token, and ours at the mean of the patches")
     if "mask_token" not in weights:
         generator = torch.Generator().manual_seed(0)
         token = torch.empty_like(weights["class_token"], dtype=torch.float32)
@@ -68,17 +74,18 @@ def read_vision_transformer(state: State) -> tuple[dict[str, Tensor], dict[str, 
     config = _config_of(weights, side)
     _check_complete(weights, config)
     pixels = side * config["patch_size"]
-    unknown = dict.fromkeys(("mean", "std", "max_value", "test_crop", "interpolation"))
-    head = _layer(plain, "head.")
+    names = facts.get("classes") or []
+    if head is not None and len(names) != len(head["weight"]):
+        names = [str(number) for number in range(len(head["weight"]))]
     return weights, {
         "origin": "the authors' code",
         "architecture": VisionTransformer.architecture,
         "config": config,
         "image_size": [pixels, pixels],
         "windows": [[side, side]],
-        **unknown,
+        **{key: facts.get(key) for key in ("mean", "std", "max_value", "test_crop", "interpolation")},
         "head": head,
-        "classes": None if head is None else [str(number) for number in range(len(head["weight"]))],
+        "classes": None if head is None else names,
         "decoder": _layer(plain, "decoder.0."),
         "notes": notes,
     }
@@ -97,7 +104,7 @@ def to_simmim(weights: State) -> dict[str, Tensor]:
 
 
 def _theirs(key: str) -> str:
-    """Their name of one of ours: the one whose rule gives it."""
+    """Their name of one of ours, as `NAMES` has it the other way round."""
     stem = key.replace("embed.", "patch_embed.proj.").replace("class_token", "cls_token")
     stem = stem.replace("stages.0.", "blocks.").replace(".gamma", ".gamma_").replace(".attention.", ".attn.")
     stem = stem.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.2.", ".mlp.fc2.")

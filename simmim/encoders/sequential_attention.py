@@ -15,7 +15,7 @@ from simmim.encoders.similarity import Similarity, precise, promoted
 from simmim.encoders.windows import PADDING, Window, penalties
 
 LOGITS_AT_A_TIME = 2**21
-"""Of sequential attention, 8 MB. Fewer take more turns, each with a price; more leave the caches of a CPU."""
+"""Of the logits of a turn, 8 MB. Fewer take more turns, each with a price; more leave the caches of a CPU."""
 
 ALL = slice(None)
 

@@ -23,10 +23,10 @@ class Similarity(NamedTuple):
     """(n,), what the cosine or dot product is multiplied by."""
 
     @classmethod
-    def of(cls, log_scale: Tensor | None, table: Tensor, channels: int) -> "Similarity":
+    def of(cls, log_scale: Tensor | None, bias: Tensor, channels: int) -> "Similarity":
         """The scaled cosine; without a scale the dot product of so many channels over their root."""
         if log_scale is None:
-            return cls(cosine=False, scale=table.new_full((len(table),), channels**-0.5))
+            return cls(cosine=False, scale=bias.new_full((len(bias),), channels**-0.5))
         return cls(cosine=True, scale=log_scale.flatten().clamp(max=MAX_LOG_SCALE).exp())
 
     def operands(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from simmim.encoders.names import Layout, stage_of
 from simmim.encoders.position_bias import log_spaced_offsets
-
-Window = tuple[int, int]
+from simmim.encoders.windows import Window
 
 TOLERANCE = 5e-3
 """Of stored offsets, which may have been rounded to half precision."""

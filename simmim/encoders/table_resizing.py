@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Window = tuple[int, int]
+from simmim.encoders.windows import Window
 
 BISECTIONS = 100
 """More than a double has digits."""

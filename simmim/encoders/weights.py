@@ -27,7 +27,8 @@ def load_encoder(
 
     Args:
         path: What `simmim.encoders.encoder_files.read_encoder_weights` reads.
-        window_size: Side of the window in tokens, instead of the file's; of one that does not say it, needed.
+        window_size: Side of the window in tokens, instead of the file's; of one that does not say it, needed. Not for a
+            position bias that is a table: `load_encoder_weights` moves it.
         pretrained_window_size: Those in which a continuous position bias counts, see the class of the encoder; None
             takes those that it was trained with, whatever the size of the images to come.
 
@@ -78,14 +79,14 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int,
     if trained is not None:
         weights, moved = _move_tables(encoder, weights, trained, image_size)
         notes += [f"{moved} position tables were moved, {encoder.config['table_resizing']}"] if moved else []
-    if metadata["head"] is not None:
+    if metadata["head"] is not None and metadata["origin"] == "simmim":  # of others, a note says so already
         notes.append(f"beside it lies a classifier of {len(metadata['head']['weight'])} classes")
     _check_fit(encoder, weights, metadata, file)
     if encoder.counts_in_trained_windows:
         given = encoder.config["pretrained_window_size"]
         check_said(file, metadata, {"model.pretrained_window_size": given})
         _check_windows(encoder, metadata, image_size, file)
-    floats = {key: weight.to(torch.float32) for key, weight in weights.items()}
+    floats = {key: weight.to(torch.float32).contiguous() for key, weight in weights.items()}  # FSDP2 shards no others
     encoder.load_state_dict(floats, assign=True)  # an encoder on the meta device has no memory to copy into
     parameters = sum(weight.numel() for weight in weights.values()) / 1e6
     report = f"Loaded all {len(weights)} tensors of the encoder ({parameters:.1f} M parameters) from {file}"

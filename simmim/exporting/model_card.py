@@ -8,6 +8,7 @@ from typing import Any
 
 from simmim.exporting.format import Format
 from simmim.exporting.model import Model
+from simmim.run_folder import CHECKPOINTS, ENCODER
 
 CARD = "MODEL_CARD.md"
 
@@ -62,10 +63,8 @@ class Origin:
 
 def find_run(path: Path) -> Path | None:
     """The run folder that a run folder, one of its checkpoints or its encoder file belongs to; None if to none."""
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder
-    return None
+    folder = path.parent if path.name == ENCODER else path.parent.parent if path.parent.name == CHECKPOINTS else path
+    return folder if (folder / "config.yaml").is_file() else None
 
 
 def card_of(model: Model, form: Format, origin: Origin, checks: Iterable[str], path: str) -> str:

@@ -94,9 +94,13 @@ def usage(model: Model, path: str) -> str:
     """What the card says."""
     vision_transformer = isinstance(model.encoder, VisionTransformer)
     settings = official_vit.settings(model) if vision_transformer else _settings(model)
-    projects = "SimMIM" if vision_transformer else "Swin-Transformer, SimMIM"
+    taken = f"The authors' code (Swin-Transformer, main_simmim_ft.py) takes the file as `--pretrained {path}`, with"
+    if vision_transformer and model.config["position_bias"] == "shared_table":
+        taken = f"The authors' code (SimMIM) takes the file as `--pretrained {path}` to fine-tune it, with"
+    elif vision_transformer:  # --pretrained would look for the table that all blocks share
+        taken = "It is the state dict of the network that the authors' code (SimMIM) fine-tunes, with"
     return f"""\
-The authors' code ({projects}) takes the file as `--pretrained {path}`, with
+{taken}
 
 ```yaml
 {settings}

@@ -76,8 +76,8 @@ def readers(model: Model, path: Path) -> Mapping[str, Reader]:
 
 
 def settings(model: Model) -> str:
-    """What the authors' code wants to be told, as YAML."""
-    config, shared = model.config, model.config["position_bias"] == "shared_table"
+    """What the authors' code wants to be told, as YAML: to fine-tune, whose blocks have a table each."""
+    config = model.config
     return f"""\
 DATA:
   IMG_SIZE: {model.image_size[0]}
@@ -92,6 +92,6 @@ MODEL:
     NUM_HEADS: {config["num_heads"][0]}
     INIT_VALUES: {config["layer_scale"] or None}
     USE_APE: False
-    USE_RPB: {not shared}
-    USE_SHARED_RPB: {shared}
-    USE_MEAN_POOLING: {model.head is not None}"""
+    USE_RPB: True
+    USE_SHARED_RPB: False
+    USE_MEAN_POOLING: True"""

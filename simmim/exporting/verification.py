@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def read_back(model: Model, form: Format, path: Path) -> list[str]:
         A sentence, or nothing where we do not read the format.
 
     Raises:
-        ValueError: If a weight, the classifier or a window is another one.
+        ValueError: If a weight, the classifier, a window, or what is said of the images, is another one.
     """
     if not form.readable:
         return []
@@ -77,10 +78,25 @@ def read_back(model: Model, form: Format, path: Path) -> list[str]:
         wrong += [f"{name}.{key}" for key, value in layer.items() if key not in held or not value.equal(held[key])]
     if trained_windows(known) not in (None, model.windows):
         wrong.append("the windows of the position bias")
+    wrong += [key for key, value in _images(model).items() if known[key] is not None and not _same(known[key], value)]
     if wrong:
         raise ValueError(f"format={form.name}: {', '.join(wrong[:3])} changed on the way, and all was removed")
-    rest = " (the format has no place for the mask token)" if token_stays else ""
+    rest = " (the mask token is written beside a decoder alone)" if token_stays else ""
     return [f"read back by simmim: {len(kept)} tensors of the encoder are the same bit by bit{rest}"]
+
+
+def _images(model: Model) -> dict[str, Any]:
+    """How they are made ready, by the keys of `read_encoder_weights`."""
+    images = model.preprocessing
+    numbers = {"mean": images.mean, "std": images.std, "max_value": images.max_value, "test_crop": images.crop}
+    return {**numbers, "interpolation": images.interpolation}
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Of numbers: but for the rounding of a crop to whole pixels."""
+    if isinstance(expected, str):
+        return bool(found == expected)
+    return torch.allclose(torch.tensor(found).double(), torch.tensor(expected).double(), rtol=1e-2)
 
 
 def _differences(found: Outputs, expected: Outputs) -> dict[str, tuple[float, float]]:

@@ -56,7 +56,9 @@ def test_one_class_is_refused(tmp_path):
 def test_labels_count_and_not_the_names_of_classes():
     with pytest.raises(ValueError, match=r"^data\.root: there is one class only \(3\)"):
         check_learnable(Listed([3, 3], list("0123")), key="data.root")
-    with pytest.raises(ValueError, match=r"^data\.root: 2 of 4 classes have no image .* the first 1: number"):
+    with pytest.raises(
+        ValueError, match=r"^data\.root: 2 of 4 classes have no image .* the first 1: give it some, number"
+    ):
         check_learnable(Listed([0, 3], list("0123")), key="data.root")
     check_learnable(Listed([1, 0], ["a", "b"]), key="data.root")
 

@@ -83,6 +83,14 @@ def test_how_images_were_made() -> None:
     assert facts == {"mean": [0.5], "std": [0.2], "interpolation": "bilinear", "test_crop": 0.9}
 
 
+def test_the_processor_of_our_exports_says_all() -> None:
+    processor = {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    facts = facts_of_transformers({}, processor | {"rescale_factor": 1 / 65535}, stages=4, model_type="swinv2")
+    assert facts == {"test_crop": 0.875, "max_value": 65535.0}
+    whole = facts_of_transformers({}, processor | {"do_center_crop": False}, stages=4, model_type="swinv2")
+    assert whole == {}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("model_type", "swin"), ("hidden_act", "relu"), ("layer_norm_eps", 1e-6), ("mlp_ratio", 2.0), ("qkv_bias", False)],

@@ -1,11 +1,13 @@
 """A Vision Transformer in the authors' layout: made of timm's BEiT, whose names are the same, with what SimMIM adds."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.models.beit import Beit
 from torch import Tensor
 
@@ -82,6 +84,33 @@ def test_what_was_fine_tuned(tmp_path: Path) -> None:
         pooled = load_encoder(tmp_path / "tuned.pth").eval().pooled(images)
         logits = torch.nn.functional.linear(pooled, known["head"]["weight"], known["head"]["bias"])
         torch.testing.assert_close(logits, network(images), atol=1e-5, rtol=0)
+
+
+def test_a_classifier_of_the_class_token_is_left_out(tmp_path: Path) -> None:
+    """Ours looks at the mean of the patches, and would recognise nothing with it."""
+    torch.save(beit(use_rel_pos_bias=True, num_classes=5, global_pool="token").state_dict(), tmp_path / "token.pth")
+    known = read_encoder_weights(tmp_path / "token.pth")[1]
+    assert (known["head"], known["classes"]) == (None, None)
+    assert any("classifier was left out: it looks at the class token" in note for note in known["notes"])
+
+
+def test_a_folder_says_how_its_images_were_made(tmp_path: Path) -> None:
+    """As timm writes it; what BEiT predicts visual words with is no part of the encoder."""
+    network = beit(use_rel_pos_bias=True, num_classes=2, global_pool="avg")
+    save_file(network.state_dict() | {"lm_head.weight": torch.zeros(9, 24)}, tmp_path / "model.safetensors")
+    images = {"mean": [0.5] * 3, "std": [0.4] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
+    config = {"architecture": "beit", "label_names": ["cat", "dog"], "pretrained_cfg": images}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    known = read_encoder_weights(tmp_path)[1]
+    assert (known["classes"], known["mean"], known["test_crop"]) == (["cat", "dog"], [0.5] * 3, 0.9)
+
+
+def test_all_parameters_can_be_sharded(pretrained: tuple[Beit, Path]) -> None:
+    """FSDP2 takes no views whose numbers lie apart, as a table's that was turned."""
+    encoder = load_encoder(pretrained[1])
+    assert not all(parameter.is_contiguous() for parameter in read_encoder_weights(pretrained[1])[0].values())
+    load_encoder_weights(encoder, pretrained[1], image_size=(32, 32))
+    assert all(parameter.is_contiguous() for parameter in encoder.parameters())
 
 
 def test_a_pretrained_one_begins_a_fine_tuning(pretrained: tuple[Beit, Path]) -> None:
