@@ -74,7 +74,7 @@ def test_it_is_judged_as_it_was_fine_tuned(name, tuned, tmp_path):
 @pytest.mark.parametrize("form", ["official", "safetensors"])
 @pytest.mark.parametrize("stage", ["pretrained", "tuned"])
 def test_it_is_exported_and_read_back(pretrained, tuned, tmp_path, caplog, form, stage):
-    """The command itself compares features, and logits or pixels, and the weights bit by bit."""
+    """The command itself compares features, and logits, and the weights bit by bit."""
     encoder = {"pretrained": pretrained, "tuned": tuned[0]}[stage]
     out = tmp_path / f"there{FORMATS[form].ending}"
     with caplog.at_level("INFO"):
