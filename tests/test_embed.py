@@ -402,7 +402,8 @@ def test_parquet_has_a_row_an_image(encoder_file, photos, tmp_path):
         whole = content(run(encoder_file, photos, tmp_path / f"{features}.npz", *settings))
         facts = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items()}
         assert facts == {"encoder": str(encoder_file), "image_size": [16, 16], "mean": MEAN, "std": STD,
-                         "max_value": 255, "shape": shape, "classes": ["a", "b"]}  # fmt: skip
+                         "test_crop": 0.875, "interpolation": "bicubic", "max_value": 255,
+                         "shape": shape, "classes": ["a", "b"]}  # fmt: skip
         assert table["path"].to_pylist() == whole["paths"].tolist()
         assert table["label"].to_pylist() == whole["labels"].tolist()
         vectors = np.array(table["vector"].to_pylist(), dtype=np.float32)

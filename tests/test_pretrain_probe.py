@@ -80,7 +80,7 @@ def test_the_features_are_those_of_the_encoder_on_whole_images(tmp_path, monkeyp
     for found, expected in zip(seen, (train, labels, test, wanted), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert train.std(dim=0).min() > 1e-3  # images differ
-    accuracy = count(train, labels, test, wanted, k=20, classes=10)[20]
+    accuracy = count(train, labels, test, wanted, k=20, temperature=0.07, classes=10)[20]
     assert probes(tmp_path / "run") == {2: pytest.approx(accuracy, abs=1e-5)}
 
 

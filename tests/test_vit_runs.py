@@ -81,7 +81,7 @@ def test_frozen_features_are_judged(tuned, tmp_path):
 @pytest.mark.parametrize("features", ["pooled", "patches"])
 def test_embedded_features_are_those_of_the_encoder_alone(tuned, photos, tmp_path, features):
     words = [f"encoder={tuned}", f"images={photos}", f"features={features}", f"out={tmp_path}/f.npz",
-             "data.num_workers=0", "trainer=cpu"]  # fmt: skip
+             "data.test_crop=1", "data.num_workers=0", "trainer=cpu"]  # fmt: skip
     embed(compose_config("embed", words, output_dir=tmp_path))
     found = torch.from_numpy(np.load(tmp_path / "f.npz")["features"])
     encoder, metadata = load_encoder(tuned).eval(), read_encoder_weights(tuned)[1]
