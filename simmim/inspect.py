@@ -15,9 +15,10 @@ from simmim.checkpoint_files import load_rest
 from simmim.command import command
 from simmim.config import Config
 from simmim.encoders import ENCODERS, PUBLISHED
-from simmim.encoders.encoder_files import find_encoder_file, read_encoder_weights, trained_windows, unsaid
+from simmim.encoders.encoder_files import find_encoder_file, read_encoder_weights, trained_windows
 from simmim.encoders.swinv2 import V2
 from simmim.encoders.tensor_files import is_safetensors
+from simmim.encoders.weights import unsaid
 from simmim.run_folder import list_checkpoints, shown, step_of
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from simmim.command import command
 from simmim.config import Config
 from simmim.data.excerpt import read_excerpt
 from simmim.data.transforms import centre_transform
-from simmim.encoders.encoder_files import read_encoder_weights, unsaid
+from simmim.encoders.encoder_files import read_encoder_weights
+from simmim.encoders.weights import unsaid
 from simmim.masking import Masking, average_distance
 from simmim.pictures import draw_panels
 from simmim.run_folder import list_checkpoints, shown

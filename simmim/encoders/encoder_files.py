@@ -32,13 +32,6 @@ BEFORE = V2 | RESIZING
 OURS: dict[str, Any] = {"origin": "simmim", "decoder": None, "notes": []}
 """Whose names a file has, and what was done to read it."""
 
-UNSAID = {
-    "model.window_size": "tokens",
-    "model.pretrained_window_size": "tokens, one number or one a stage as [12,12,12,6]",
-    "data.image_size": "px",
-}
-"""What a file of others may not say, and what to give then."""
-
 OPTIONAL = ("mean", "std", "max_value", "classes", "test_crop", "interpolation")
 """What older files do not say."""
 
@@ -166,22 +159,6 @@ def trained_windows(metadata: Mapping[str, Any]) -> list[int | list[int]] | None
     if (given is not None and not moved) or metadata["windows"] is None:
         return given
     return [height if height == width else [height, width] for height, width in metadata["windows"]]
-
-
-def unsaid(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """What a file of others does not say of its training: the keys to give, and of what kind each is.
-
-    Args:
-        metadata: See `read_encoder_weights`.
-    """
-    if metadata["origin"] == "simmim":  # what its older files lack is what is usual
-        return {}
-    known = {
-        "model.window_size": metadata["config"]["window_size"],
-        "model.pretrained_window_size": trained_windows(metadata),
-        "data.image_size": metadata["image_size"],
-    }
-    return {key: UNSAID[key] for key, value in known.items() if value is None}
 
 
 def _from_ours(

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from simmim.encoders import ENCODERS, Encoder, settings_of
-from simmim.encoders.encoder_files import find_encoder_file, read_encoder_weights, trained_windows, unsaid
+from simmim.encoders.encoder_files import find_encoder_file, read_encoder_weights, trained_windows
 from simmim.encoders.table_resizing import move_table
 from simmim.encoders.vit import spread_table
 
 SIZE_KEYS = ("embed_dim", "depths", "num_heads", "extra_norm_every", "layer_scale", "patch_size", "in_channels")
 """Settings of an encoder that its weights' names and shapes depend on, whatever its position bias."""
+
+UNSAID = {
+    "model.window_size": "tokens",
+    "model.pretrained_window_size": "tokens, one number or one a stage as [12,12,12,6]",
+    "data.image_size": "px",
+}
+"""What a file of others may not say, and what to give then."""
 
 
 def load_encoder(
@@ -98,14 +105,29 @@ def load_encoder_weights(encoder: Encoder, path: Path, *, image_size: tuple[int,
     return ". ".join([report, *(f"{note[0].upper()}{note[1:]}" for note in notes)]) + "."
 
 
+def unsaid(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a file of others does not say of its training: the keys to give, and of what kind each is.
+
+    Args:
+        metadata: See `simmim.encoders.encoder_files.read_encoder_weights`.
+    """
+    if metadata["origin"] == "simmim":  # what its older files lack is what is usual
+        return {}
+    known = {
+        "model.window_size": metadata["config"]["window_size"],
+        "model.pretrained_window_size": trained_windows(metadata),
+        "data.image_size": metadata["image_size"],
+    }
+    return {key: UNSAID[key] for key, value in known.items() if value is None}
+
+
 def check_said(path: Path, metadata: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuses weights of others of whose training something is unknown: nothing is guessed.
 
     Args:
         path: Where they are.
         metadata: See `simmim.encoders.encoder_files.read_encoder_weights`.
-        given: What the user says of those keys of `simmim.encoders.encoder_files.unsaid` that matter; None for what
-            is left to the file.
+        given: What the user says of the keys of `unsaid` that matter; None for what is left to the file.
 
     Raises:
         ValueError: With the keys to give.

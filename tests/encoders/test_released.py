@@ -39,10 +39,10 @@ from transformers import (
 )
 
 from simmim.encoders import swin
-from simmim.encoders.encoder_files import read_encoder_weights, unsaid
+from simmim.encoders.encoder_files import read_encoder_weights
 from simmim.encoders.names import to_official, to_timm, to_torchvision, to_transformers
 from simmim.encoders.table_resizing import middle_of
-from simmim.encoders.weights import load_encoder
+from simmim.encoders.weights import load_encoder, unsaid
 
 SHAPE: dict[str, Any] = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (2, 2, 4, 8)}
 PRETRAINED = (12, 12, 12, 6)
