@@ -7,7 +7,7 @@ import torch
 from simmim.training.callbacks import Reconstructions, UnreadableImages
 from tests.training.test_metrics import files_limited_to
 
-ALONE = SimpleNamespace(world_size=1)
+ALONE = SimpleNamespace(world_size=1, training=True)
 
 
 def batch(images, *bad):
