@@ -116,7 +116,8 @@ def smaller(name, overrides):
     given = {word.partition("=")[0] for word in overrides}
     values = {key: value for key, value in values.items() if key not in given} | SMALL.get(name, {})
     if data.get("source") == "synthetic":
-        values |= {f"data.{key}": 8 for key in ("train_images", "val_images") if key in data}
+        sizes = {"train_images": 16, "val_images": 8}  # 16: of each class one at least
+        values |= {f"data.{key}": size for key, size in sizes.items() if key in data}
     return [f"{key}={value}".replace(" ", "") for key, value in values.items()]
 
 

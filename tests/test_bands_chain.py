@@ -103,7 +103,17 @@ def test_statistics_are_kept_up_to_the_features(first_stage, tmp_path, channels,
         _, metadata = read_encoder_weights(path)
         assert {key: metadata[key] for key in facts_of(found)} == facts_of(found)
         assert metadata["config"]["in_channels"] == channels
-    out = embed(config_of("embed", tmp_path, f"encoder={run}", f"images={root}", "trainer=cpu"))
+    out = embed(
+        config_of(
+            "embed",
+            tmp_path,
+            f"encoder={run}",
+            f"images={root}",
+            "data.test_crop=1",
+            "data.interpolation=bilinear",
+            "trainer=cpu",
+        )
+    )
     names, images = load_images(root, load_pretraining(run), 12)
     assert images.dtype == (torch.uint8 if kind == "uint8" else torch.float32)
     mean, std = (torch.tensor(found[key]).view(-1, 1, 1) for key in ("mean", "std"))

@@ -527,8 +527,10 @@ def test_stages_hold_the_published_numbers(stage):
     assert config["augmentation"] == {
         "randaugment": 9, "color_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "switch": 0.5
     }  # fmt: skip
-    assert (config["label_smoothing"], config["data"]["interpolation"]) == (0.1, None)
-    assert VALIDATED["interpolation"] == "bicubic"  # of an encoder that brings no classifier
+    assert (config["label_smoothing"], config["data"]["interpolation"] or VALIDATED["interpolation"]) == (
+        0.1,
+        "bicubic",
+    )
     assert "clip" in published or config["optimizer"]["clip_grad_norm"] == 5
 
 

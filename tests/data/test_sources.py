@@ -145,7 +145,7 @@ def test_broken_files_are_replaced_and_listed_or_stop_the_run(layout, dirty, tmp
         assert {os.path.basename(name.rpartition(":")[2]) for name, _ in listed} == {
             "empty.jpg", "text.jpg", "truncated.jpg"
         }  # fmt: skip
-    trainer = SimpleNamespace(world_size=1, strategy=None)
+    trainer = SimpleNamespace(world_size=1, strategy=None, training=True)
     skipping, raising = (
         UnreadableImages(tmp_path / f"{word}.txt", on_error=word, max_fraction=0.5) for word in ("skip", "raise")
     )

@@ -37,7 +37,8 @@ EXACT = [*LENGTH, "optimizer.eps=1e-6", "objective.loss=l2"]
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", "data.batch_size=4"]
 SHARDED = ["trainer=fsdp", *TWO]
 WATCHED = ["diagnostics.every_n_steps=5"]
-GUARDED = ["guard.max_norm_ratio=1.05", "guard.window=5", "guard.warmup_steps=3", "guard.max_in_a_row=20"]
+GUARDED = ["guard.max_norm_ratio=1.05", "guard.window=5", "guard.warmup_steps=3", "guard.max_in_a_row=20",
+           "trainer.max_steps=20", "trainer.max_epochs=5"]  # fmt: skip
 G = [
     "model=swinv2_g", "model.depths=[2,2,13,4]", "model.embed_dim=8", "model.num_heads=[1,1,2,2]",
     "model.window_size=2", "data.image_size=64", "masking.patch_size=32", "optimizer.clip_grad_norm=100",
@@ -150,7 +151,7 @@ def test_what_is_measured_of_an_encoder_is_that_of_all_processes(alone, together
 def test_processes_leave_out_the_same_steps(alone, together):
     ours, theirs = (rows(folder / "guarded", "skipped.csv") for folder in (together, alone))
     steps = [row["step"] for row in theirs]
-    assert 1 < len(steps) < STEPS - 3
+    assert 1 < len(steps) < 15
     assert [(row["step"], row["samples"]) for row in ours] == [(row["step"], row["samples"]) for row in theirs]
     assert_equal_metrics(together / "guarded", alone / "guarded")
     assert_equal_metrics(together / "guarded", alone / "guarded", keys=("skipped_steps",))
